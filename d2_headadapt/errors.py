@@ -1,0 +1,83 @@
+"""The exceptions of this package.
+
+    HeadAdaptError              exit code 1
+    |-- UsageError              exit code 2: the command line itself is wrong
+    |-- ConfigError             a config key holds something that cannot be used
+    |-- ClassTableError         class lists, aliases and vocabularies
+    |-- DatasetError            a dataset is not registered, not readable, or disagrees with another
+    |-- LayoutError             a declared layout does not describe the tensor it names
+    |-- CheckpointFileError     a file cannot be read or written safely
+    |-- PlanRefused             nothing may be loaded: wrong architecture, damaged values, refused tensors
+    |-- ResumeError             a run cannot be continued from this file
+    `-- RankError               processes of one job disagree
+
+Every message says where, what was expected, what was found, and what to type.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HeadAdaptError(ValueError):
+    """Base of everything that this package raises for a mistake a user can mend.
+
+    Args:
+        where: the file, config key, tensor or command line flag that is wrong.
+        expected: what would have been accepted.
+        found: what was there instead.
+        fix: what to type; a complete sentence.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, where: str, *, expected: str, found: str, fix: str) -> None:
+        self.where = where
+        self.expected = expected
+        self.found = found
+        self.fix = fix
+        super().__init__(f"{where}: expected {expected}, found {found}. {fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Worker processes hand exceptions to their parent by pickling, and keyword-only arguments need this.
+        return (_rebuild, (type(self), self.where, self.expected, self.found, self.fix))
+
+
+def _rebuild(cls: type[HeadAdaptError], where: str, expected: str, found: str, fix: str) -> HeadAdaptError:
+    return cls(where, expected=expected, found=found, fix=fix)
+
+
+class UsageError(HeadAdaptError):
+    exit_code: ClassVar[int] = 2
+
+
+class ConfigError(HeadAdaptError):
+    pass
+
+
+class ClassTableError(HeadAdaptError):
+    pass
+
+
+class DatasetError(HeadAdaptError):
+    pass
+
+
+class LayoutError(HeadAdaptError):
+    pass
+
+
+class CheckpointFileError(HeadAdaptError):
+    pass
+
+
+class PlanRefused(HeadAdaptError):
+    pass
+
+
+class ResumeError(HeadAdaptError):
+    pass
+
+
+class RankError(HeadAdaptError):
+    pass
