@@ -1,0 +1,242 @@
+"""What happens to one head group.
+
+Its tensors are taken where the class tables of both sides are known and every tensor is of the kind that the model
+has; otherwise the whole group keeps the model's initial values. Where the classes of one side are unknown, a group
+whose every shape agrees is copied as stock detectron2 does, and marked unverified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .classes import ClassMap, ClassTable
+from .layouts import HeadLayout
+from .plan import Shape, TensorPlan, carried_or_copied
+
+SPACE_SUFFIX = {"thing": "", "stuff": "_STUFF", "keypoint": "_KEYPOINT"}
+
+
+def source_key(space: str) -> str:
+    """The config key that names the source classes of a label space."""
+    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{SPACE_SUFFIX.get(space, '')}"
+
+
+@dataclass
+class _Misfit:
+    """Why a group cannot be taken, and at which tensor that shows."""
+
+    tensor: str
+    reason: str
+    refused: bool = False
+
+
+@dataclass
+class HeadGroup:
+    """The tensors that change together or not at all, and what is known about their classes on both sides."""
+
+    members: Sequence[HeadLayout]
+    source_shapes: Mapping[str, Shape]
+    target_shapes: Mapping[str, Shape]
+    sources: Mapping[str, ClassTable]
+    targets: Mapping[str, ClassTable]
+    maps: Mapping[str, ClassMap]
+    file_layouts: Mapping[str, HeadLayout]
+    initialise: Collection[str]
+
+    def plan(self) -> list[TensorPlan]:
+        """Decide for every member."""
+        carried = [m for m in self.members if not m.rebuilt]
+        plans = [
+            self._entry(m, "kept", verified=True, reason="rebuilt from the dataset, never taken from a file")
+            for m in self.members
+            if m.rebuilt
+        ]
+        absent = self._absent_parts(carried)
+        present = [m for m in carried if m.part not in absent]
+        for m in carried:
+            if m.part in absent:
+                action = "kept" if m.agnostic else "initialised"
+                plans.append(self._entry(m, action, verified=True, new=self._every(m), reason="not in the file"))
+        if not present:
+            return plans
+        forced = [m for m in present if m.space in self.initialise]
+        misfit = self._forced(forced) if forced else self._misfit(present)
+        if misfit is None:
+            return plans + [self._take(m) for m in present]
+        if misfit.refused:
+            return plans + [
+                self._entry(m, "refused", verified=False, reason=misfit.reason)
+                if m.tensor == misfit.tensor
+                else self._entry(m, "kept", verified=False, reason=f"its head group is refused at {misfit.tensor}")
+                for m in present
+            ]
+        for m in present:
+            reason = misfit.reason
+            if m.tensor != misfit.tensor and not forced:
+                reason = f"its head group changes whole or not at all; {misfit.tensor}: {misfit.reason}"
+            plans.append(
+                self._entry(
+                    m,
+                    "initialised",
+                    verified=m.space in self.maps or bool(forced),
+                    new=self._every(m),
+                    dropped=self._every_source(m),
+                    reason=reason,
+                )
+            )
+        return plans
+
+    def _entry(
+        self,
+        m: HeadLayout,
+        action: str,
+        *,
+        verified: bool,
+        reason: str,
+        new: tuple[int, ...] = (),
+        dropped: tuple[int, ...] = (),
+    ) -> TensorPlan:
+        return TensorPlan(
+            m.tensor,
+            action,
+            m.space,
+            m.group,
+            self.source_shapes.get(m.tensor),
+            self.target_shapes[m.tensor],
+            new=new,
+            dropped=dropped,
+            verified=verified,
+            reason=reason,
+        )
+
+    def _every(self, m: HeadLayout) -> tuple[int, ...]:
+        count = None if m.agnostic else m.num_classes(self.target_shapes[m.tensor])
+        return tuple(range(count or 0))
+
+    def _every_source(self, m: HeadLayout) -> tuple[int, ...]:
+        table = self.sources.get(m.space)
+        return tuple(range(len(table))) if table is not None and not m.agnostic else ()
+
+    def _absent_parts(self, members: Iterable[HeadLayout]) -> set[str]:
+        parts: dict[str, list[bool]] = {}
+        for m in members:
+            parts.setdefault(m.part, []).append(m.tensor in self.source_shapes)
+        return {part for part, found in parts.items() if not any(found)}
+
+    def _forced(self, members: Sequence[HeadLayout]) -> _Misfit:
+        return _Misfit(members[0].tensor, f"{source_key(members[0].space)} is 'none'")
+
+    def _misfit(self, members: Sequence[HeadLayout]) -> _Misfit | None:
+        """The first thing that keeps the group from being taken; differences of kind come before counts."""
+        for m in members:
+            if m.tensor not in self.source_shapes:
+                return _Misfit(m.tensor, "missing from the file, which has other tensors of this head")
+        checks = (self._kind, self._known if members[0].space in self.maps else self._unknown)
+        for check in checks:
+            for m in sorted(members, key=lambda m: not m.agnostic):
+                misfit = check(m, self.source_shapes[m.tensor], self.target_shapes[m.tensor])
+                if misfit is not None:
+                    return misfit
+        return None
+
+    def _kind(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
+        stored = self.file_layouts.get(m.tensor)
+        if stored is not None and not stored.same_kind(m):
+            return _Misfit(m.tensor, f"{stored.describe()} in the file, {m.describe()} in the model")
+        others = [axis for axis in range(max(len(in_file), len(in_model))) if axis not in m.class_axes]
+        if len(in_file) != len(in_model) or any(in_file[a] != in_model[a] for a in others):
+            return _Misfit(m.tensor, self._shape_reason(m, in_file, in_model))
+        return None
+
+    def _shape_reason(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> str:
+        reason = f"{in_file} in the file, {in_model} in the model"
+        table = self.sources.get(m.space)
+        if m.by_choice and table is not None and in_file[0] == len(table) * m.rows_per_class != in_model[0]:
+            return f"{reason}: class-specific in the file, class-agnostic in the model"
+        if m.groups > 1:
+            return f"{reason}: another number of anchors"
+        return reason
+
+    def _known(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
+        source, target = self.sources[m.space], self.targets[m.space]
+        if m.agnostic:
+            if m.by_choice and len(source) == 1 and len(target) > 1 and m.tensor not in self.file_layouts:
+                return _Misfit(
+                    m.tensor,
+                    f"the file knows one class ({source.names[0]}), so its {in_file} can be that class's rows or "
+                    "class-agnostic; exclude it, or build the model class-specific (CLS_AGNOSTIC_* False)",
+                    refused=True,
+                )
+            return None
+        if not m.fits(in_model, len(target)):
+            return _Misfit(
+                m.tensor,
+                f"the model's {in_model} does not hold the {len(target)} classes of {target.origin} ({m.describe()}): "
+                "set NUM_CLASSES to the table's length",
+                refused=True,
+            )
+        if m.fits(in_file, len(source)):
+            return None
+        per_class = m.size(m.class_axes[0], 1) - m.size(m.class_axes[0], 0)
+        if not m.extra and in_file[m.class_axes[0]] == per_class:
+            return _Misfit(m.tensor, f"class-agnostic in the file {in_file}, {m.describe()} in the model {in_model}")
+        count = m.num_classes(in_file)
+        holds = f"{count} classes" if count else "no whole number of classes"
+        return _Misfit(
+            m.tensor,
+            f"{in_file} in the file holds {holds} ({m.describe()}), but {source.origin} names {len(source)}: "
+            f"correct {source_key(m.space)}",
+            refused=True,
+        )
+
+    def _unknown(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
+        if in_file == in_model:
+            return None
+        side = "the file" if m.space not in self.sources else "the model"
+        key = source_key(m.space)
+        if m.space in self.sources:
+            key = key.replace("SOURCE", "TARGET")
+        return _Misfit(
+            m.tensor, f"{in_file} in the file, {in_model} in the model; the classes of {side} are unknown: set {key}"
+        )
+
+    def _take(self, m: HeadLayout) -> TensorPlan:
+        in_file, in_model = self.source_shapes[m.tensor], self.target_shapes[m.tensor]
+        found = self.maps.get(m.space)
+        if found is None:
+            side = "SOURCE" if m.space not in self.sources else "TARGET"
+            key = source_key(m.space).replace("SOURCE", side)
+            reason = f"unverified: shapes agree, but the classes are unknown; {key} verifies it"
+            return TensorPlan(
+                m.tensor,
+                "copied",
+                m.space,
+                m.group,
+                in_file,
+                in_model,
+                verified=False,
+                reason=reason,
+                background=bool(m.extra),
+            )
+        if m.agnostic:
+            return self._entry(m, "copied", verified=True, reason="serves all classes alike")
+        background = bool(m.extra)
+        action = carried_or_copied(found)
+        reason = "same classes, same order" if action == "copied" else ""
+        if not found.carried and not len(m.fixed_rows(len(found.source))):
+            action, reason = "initialised", "no class of the model is in the file"
+        return TensorPlan(
+            m.tensor,
+            action,
+            m.space,
+            m.group,
+            in_file,
+            in_model,
+            found.carried,
+            found.new,
+            found.dropped,
+            background,
+            True,
+            reason,
+        )
