@@ -1,0 +1,225 @@
+"""The checkpointer: stock detectron2's, with a plan between the file and the model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from fvcore.common.checkpoint import _IncompatibleKeys
+from torch import nn
+
+from .errors import CheckpointFileError, ResumeError
+from .files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
+from .layout_registry import layouts_of
+from .loading import asks_heuristics, check_exists, plan_load, refuse_plan, settle_checkpoint
+from .plan import AdaptPlan
+from .provenance import KEY, Provenance, optimizer_names
+from .report import plan_table, summary_line
+from .settings import AdaptSettings, settings_of
+
+logger = logging.getLogger(__name__)
+
+
+class HeadAdaptCheckpointer(DetectionCheckpointer):
+    """``DetectionCheckpointer`` that moves every class-dependent row by class name.
+
+    Saved files carry the class tables they were made with, and stock detectron2 loads them.
+
+    Attributes:
+        plan: what the last load did; ``None`` before the first.
+        untrained: class names by label space of which some row was neither carried, fitted nor trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        settings: AdaptSettings | None = None,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        """
+        Args:
+            model: any detectron2 model, wrapped or not.
+            save_dir: folder of this run's checkpoints.
+            settings: target and source tables, match rule; by default what is attached to the model, and where
+                nothing is, heads are loaded as stock detectron2 loads them, which is said.
+            save_to_disk, checkpointables: as in ``DetectionCheckpointer``.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        found = settings if settings is not None else settings_of(self.model)
+        self.settings = found if found is not None else AdaptSettings()
+        self._told = found is not None
+        self.plan: AdaptPlan | None = None
+        self.untrained: dict[str, tuple[str, ...]] = {}
+        self._origin = ""
+        self._resuming = False
+        self._own_file = False
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a checkpoint, class by class.
+
+        Args:
+            path: file, ``detectron2://`` or http address, with ``?matching_heuristics=True`` where wanted; nothing is
+                loaded where it is empty.
+            checkpointables: what to load beside the model; ``None`` for everything (a resume).
+
+        Returns:
+            What the file holds beside the model and the checkpointables.
+
+        Raises:
+            HeadAdaptError: the file or the plan is refused; the model and the checkpointables are as they were.
+        """
+        if not path:
+            return dict(super().load(path, checkpointables) or {})
+        check_exists(path)
+        self._origin = path
+        self._resuming = bool(self.checkpointables) and (checkpointables is None or bool(checkpointables))
+        self._own_file = bool(self.save_dir) and self.has_checkpoint() and path == self.get_checkpoint_file()
+        try:
+            return dict(super().load(path, checkpointables))
+        except (OSError, AssertionError) as exc:
+            raise CheckpointFileError(
+                path,
+                expected="a file that can be fetched",
+                found=f"{type(exc).__name__}: {exc}",
+                fix="Correct MODEL.WEIGHTS, or download the file and give its path.",
+            ) from exc
+        finally:
+            # Stock resets this only after a load that worked, and asserts on it in the next one.
+            self._parsed_url_during_load = None
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        # Only what the plan takes is verified, once the plan is there.
+        checkpoint = read_checkpoint(filename, trust=self.settings.trust_file, verify=False)
+        if asks_heuristics(self._origin):
+            checkpoint["matching_heuristics"] = True
+        checkpoint["__path__"] = filename
+        return checkpoint
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
+        path = checkpoint.pop("__path__", self._origin)
+        provenance = checkpoint.pop(KEY, None)
+        known = Provenance() if provenance is None else Provenance.from_plain(provenance, self._origin)
+        stored = checkpoint.pop("model")
+        model_state = self.model.state_dict()
+        settled = settle_checkpoint(stored, model_state, checkpoint)
+        plan = plan_load(settled, self.model, self.settings, known, self._origin, own_file=self._own_file)
+        self._refuse(plan, known)
+        taken = {t.name: settled.tensors[t.name] for t in plan.by_action("copied", "carried")}
+        if self.settings.verify_file:
+            verify_tensors(path, taken)
+        state = plan.apply(settled.tensors, model_state)
+        ordered = OrderedDict(state)
+        if hasattr(stored, "_metadata"):
+            # Modules convert old formats by the version numbers in it.
+            ordered._metadata = stored._metadata  # type: ignore[attr-defined]
+        self.model.load_state_dict(ordered)
+        self._remember(plan, known)
+        return _IncompatibleKeys(
+            missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
+            unexpected_keys=[t.name for t in plan.by_action("dropped")],
+            incorrect_shapes=[],
+        )
+
+    def _refuse(self, plan: AdaptPlan, known: Provenance) -> None:
+        refuse_plan(plan, self.settings.min_coverage, self._origin)
+        changed = [space for space in plan.target if (m := plan.class_map(space)) and not m.is_identity]
+        if self._resuming and changed:
+            raise ResumeError(
+                self._origin,
+                expected=f"the class list of the run that is resumed ({len(plan.source[changed[0]])} classes)",
+                found=f"another list ({len(plan.target[changed[0]])} classes of {plan.target[changed[0]].origin})",
+                fix="Train without --resume in another OUTPUT_DIR: MODEL.WEIGHTS then carries its classes by name.",
+            )
+
+    def _remember(self, plan: AdaptPlan, known: Provenance) -> None:
+        self.plan = plan
+        self.untrained = untrained_classes(plan, known)
+        for module in self.model.modules():
+            if hasattr(module, "class_table") and "thing" in plan.target:
+                module.class_table = plan.target["thing"]
+        if not self._told:
+            self.logger.info("No class tables are attached to the model: heads are loaded as stock detectron2 does.")
+        self.logger.info("Plan of %s:\n%s", self._origin, plan_table(plan))
+        for t in plan.tensors:
+            if not t.verified and t.action == "copied":
+                self.logger.warning("%s: %s", t.name, t.reason)
+        self.logger.info("%s", summary_line(plan))
+
+    def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
+        """The plan's table has said it already."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` whole or not at all, with the class tables beside the model.
+
+        Args:
+            name: file name without its ending.
+            kwargs: more to store, as in ``Checkpointer.save``; an ``iteration`` says that every row was trained.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data: dict[str, Any] = {"model": self.model.state_dict()}
+        for key, value in self.checkpointables.items():
+            data[key] = value.state_dict()
+        data.update(kwargs)
+        if "iteration" in kwargs:
+            self.untrained = {}
+        data[KEY] = self.provenance().to_plain()
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        if "://" in self.save_dir:
+            with self.path_manager.open(path, "wb") as f:
+                torch.save(data, f)
+        else:
+            write_checkpoint(path, data)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+        else:
+            write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
+
+    def provenance(self) -> Provenance:
+        """The class tables, layouts and optimizer order that a file saved now carries."""
+        targets = dict(self.plan.target if self.plan is not None else self.settings.target)
+        layouts = layouts_of(self.model)
+        state = shapes_of(self.model.state_dict())
+        fitting = {
+            space: table
+            for space, table in targets.items()
+            if any(x.space == space for x in layouts)
+            and all(x.fits(state[x.tensor], len(table)) for x in layouts if x.space == space)
+        }
+        optimizer = find_optimizer(self.checkpointables)
+        names = optimizer_names(optimizer, dict(self.model.named_parameters())) if optimizer is not None else ()
+        return Provenance(fitting, layouts, names, self.untrained)
+
+
+def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
+    """Classes of which some row is new, or came from rows that were never trained."""
+    found = {space: set(names) for space, names in plan.new_classes().items()}
+    for space, names in known.untrained.items():
+        classes = plan.class_map(space)
+        if classes is not None:
+            pairs = classes.carried
+            found.setdefault(space, set()).update(
+                classes.target.names[t] for t, s in pairs if classes.source.names[s] in names
+            )
+    return {space: tuple(sorted(names)) for space, names in found.items() if names}
+
+
+def find_optimizer(checkpointables: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    """The optimizer among what a checkpointer saves: its own entry, or a trainer's."""
+    for value in checkpointables.values():
+        for candidate in (value, getattr(value, "optimizer", None)):
+            if isinstance(candidate, torch.optim.Optimizer):
+                return candidate
+    return None

@@ -1,0 +1,56 @@
+"""``d2-headadapt``: parse, call, print, exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from .commands import adapt, plan
+from .engine import add_import_argument
+from .errors import HeadAdaptError
+from .version import __version__
+
+EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line is wrong."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except HeadAdaptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser("d2-headadapt", description=__doc__, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "plan", help="show what loading a checkpoint would do; changes nothing", epilog=EPILOG
+    )
+    _add_common(command)
+    command.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - for standard output")
+    command.add_argument("--all", action="store_true", help="list every tensor, not only those of heads")
+    command.set_defaults(run=plan)
+
+    command = commands.add_parser(
+        "adapt", help="write a checkpoint that stock detectron2 loads without a mismatch", epilog=EPILOG
+    )
+    _add_common(command)
+    command.add_argument("--output", metavar="FILE", required=True, help="the new checkpoint, .pth or .safetensors")
+    command.add_argument("--force", action="store_true", help="replace an existing output")
+    command.set_defaults(run=adapt)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config-file", default="", metavar="FILE", help="a detectron2 yaml")
+    command.add_argument("--weights", metavar="FILE", help="the checkpoint; MODEL.WEIGHTS by default")
+    add_import_argument(command)
+    command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")

@@ -1,0 +1,90 @@
+"""What the commands of :mod:`d2_headadapt.cli` do."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from .checkpoint import HeadAdaptCheckpointer
+from .configuring import load_config, resolve_config
+from .errors import UsageError
+from .files import existing_output, write_checkpoint, write_text
+from .loading import check_exists, plan_file, refuse_plan
+from .provenance import KEY
+from .report import plan_json, plan_table, summary_line
+from .settings import AdaptSettings, attach_settings
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print what loading would do. Reads names and shapes, not values."""
+    cfg, settings = _configure(args)
+    path = _weights(args, cfg)
+    made = plan_file(path, build_on_meta(cfg), settings)
+    text = plan_table(made, every_tensor=args.all)
+    if args.json == "-":
+        print(plan_json(made), end="")
+    else:
+        print(text)
+    if args.json and args.json != "-":
+        write_text(args.json, plan_json(made))
+    refuse_plan(made, settings.min_coverage, path)
+    return 0
+
+
+def adapt(args: argparse.Namespace) -> int:
+    """Write an adapted checkpoint: the model and its provenance."""
+    cfg, settings = _configure(args)
+    path = _weights(args, cfg)
+    existing_output(args.output, force=args.force, inputs=[path])
+    # New rows are drawn by the model's constructor: the same command writes the same file.
+    seed_all_rng(max(cfg.SEED, 0))
+    model = build_model(cfg)
+    attach_settings(model, settings)
+    checkpointer = HeadAdaptCheckpointer(model)
+    left = checkpointer.load(path, checkpointables=[])
+    write_checkpoint(args.output, {"model": model.state_dict(), KEY: checkpointer.provenance().to_plain()})
+    if checkpointer.plan is not None:
+        print(summary_line(checkpointer.plan))
+    left_out = sorted(set(left) - {"__author__", "matching_heuristics"})
+    if left_out:
+        print(f"left out: {', '.join(left_out)} (a new run starts at iteration 0 with a fresh optimizer)")
+    print(f"wrote {args.output}")
+    return 0
+
+
+def build_on_meta(cfg: CfgNode) -> nn.Module:
+    """The model's names and shapes without its memory; on the CPU where a module does not build on the meta device."""
+    on_meta = cfg.clone()
+    on_meta.defrost()
+    on_meta.MODEL.DEVICE = "meta"
+    try:
+        with torch.device("meta"):
+            model: nn.Module = build_model(on_meta)
+    except (NotImplementedError, RuntimeError):
+        on_meta.MODEL.DEVICE = "cpu"
+        model = build_model(on_meta)
+    return model
+
+
+def _configure(args: argparse.Namespace) -> tuple[CfgNode, AdaptSettings]:
+    setup_logger(name="d2_headadapt")
+    cfg = load_config(args.config_file, args.opts, args.imports)
+    cfg.MODEL.DEVICE = "cpu"
+    settings = resolve_config(cfg, reads_labels=False)
+    return cfg, settings
+
+
+def _weights(args: argparse.Namespace, cfg: CfgNode) -> str:
+    path: str = args.weights or cfg.MODEL.WEIGHTS
+    if not path:
+        raise UsageError(
+            "--weights", expected="a checkpoint", found="none, and MODEL.WEIGHTS is empty", fix="Add --weights FILE."
+        )
+    check_exists(path)
+    return path

@@ -1,0 +1,52 @@
+"""Every config key of this package, once, with its meaning."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+
+def add_headadapt_config(cfg: CfgNode) -> None:
+    """Add this package's keys, with defaults that change nothing, to a detectron2 config.
+
+    Calling it twice is harmless: values that are already set stay.
+    """
+    if "HEAD_ADAPT" in cfg.MODEL:
+        return
+    node = cfg.MODEL.HEAD_ADAPT = CfgNode()
+
+    # Classes that the file MODEL.WEIGHTS was trained on: a registered dataset, a built-in vocabulary, a .json or .txt
+    # file (looked for in this order), or the names themselves as a list. None asks the file, then the model zoo path.
+    # "none" says that nothing of the head is to be taken.
+    node.SOURCE_CLASSES = None
+    node.SOURCE_CLASSES_STUFF = None
+    node.SOURCE_CLASSES_KEYPOINT = None
+
+    # Classes that the model shall predict, in the same forms. None takes those of DATASETS.TRAIN.
+    node.TARGET_CLASSES = None
+    node.TARGET_CLASSES_STUFF = None
+    node.TARGET_CLASSES_KEYPOINT = None
+
+    # "target=source" pairs for classes whose names differ.
+    node.ALIASES = []
+
+    # "name", or "position": class i takes the weights of class i, whatever the names.
+    node.MATCH = "name"
+
+    # Least share (0 to 1) of the file's tensors that must find a place in the model.
+    node.MIN_COVERAGE = 0.5
+
+    # Evaluate from the command line although rows were neither carried, fitted nor trained.
+    node.ALLOW_NEW_ROWS_AT_EVAL = False
+
+    # Load a file that needs full pickle, which can run any code its author put there.
+    node.TRUST_FILE = False
+
+    # Check the CRC-32 of every record that is taken from a .pth file: torch itself loads a flipped bit silently.
+    node.VERIFY_FILE = True
+
+    # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.
+    node.PREDICTOR = "HeadAdaptOutputLayers"
+
+    # Datasets to register: mappings with name, json (COCO format) and images. Paths are relative to the yaml that
+    # holds the entry; on the command line, to the working directory. A child yaml's list replaces its base's.
+    cfg.DATASETS.REGISTER = []

@@ -1,0 +1,120 @@
+"""From command line arguments to a frozen config: components, keys, datasets, classes and device settled, and said."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+from .classes import did_you_mean
+from .components import add_component_keys, import_components
+from .config import add_headadapt_config
+from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets
+from .errors import ConfigError
+from .settings import AdaptSettings, apply_num_classes
+
+logger = logging.getLogger(__name__)
+
+
+class PathAwareCfgNode(CfgNode):
+    """A config whose ``DATASETS.REGISTER`` paths are relative to the yaml that holds them, base files included."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        entries = (loaded.get("DATASETS") or {}).get("REGISTER")
+        if entries:
+            # Entries of a base file are absolute by now: it came through here first.
+            folder = os.path.dirname(os.path.abspath(filename))
+            loaded["DATASETS"]["REGISTER"] = absolute_entries(entries, folder)
+        return loaded
+
+
+def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> CfgNode:
+    """Read a config with this package's keys and the user's components; nothing is resolved yet.
+
+    Args:
+        config_file: a yaml; empty for detectron2's defaults.
+        opts: ``KEY VALUE`` pairs.
+        imports: modules or ``.py`` files that register components, see :mod:`d2_headadapt.components`.
+
+    Raises:
+        ConfigError: a missing or unreadable file, an unknown key, or a value of the wrong type.
+        UsageError: an import that fails.
+    """
+    modules = import_components(imports)
+    cfg = PathAwareCfgNode(get_cfg())
+    add_headadapt_config(cfg)
+    add_component_keys(cfg, modules)
+    if config_file:
+        if not os.path.isfile(config_file) and "://" not in config_file:
+            raise ConfigError(
+                "--config-file", expected="a yaml file", found=f"no file {config_file!r}", fix="Correct the path."
+            )
+        _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
+    if len(opts) % 2:
+        raise ConfigError(
+            "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."
+        )
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        _merge(cfg, "command line", lambda key=key, value=value: cfg.merge_from_list([key, value]))
+    cfg.DATASETS.REGISTER = absolute_entries(cfg.DATASETS.REGISTER, os.getcwd())
+    return cfg
+
+
+def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
+    """Register datasets, settle the class tables, and write class counts and device, in place.
+
+    Args:
+        cfg: not frozen; frozen on return.
+        reads_labels: the run trains or evaluates, so the model's classes must be those of its datasets.
+
+    Returns:
+        AdaptSettings: to be attached to the model.
+
+    Raises:
+        HeadAdaptError: a dataset, class table or key that cannot be used.
+    """
+    register_datasets(cfg.DATASETS.REGISTER)
+    settings = AdaptSettings.from_config(cfg, registered_only=not reads_labels)
+    if reads_labels:
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            for space, table in settings.target.items():
+                if dataset_table(name, space) is not None:
+                    which = "DATASETS.TRAIN" if name in cfg.DATASETS.TRAIN else "DATASETS.TEST"
+                    check_same_classes(table, name, space, which)
+    for line in apply_num_classes(cfg, settings.target):
+        logger.info(line)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("MODEL.DEVICE is %s, but this machine has no CUDA: running on the CPU.", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return settings
+
+
+def _merge(cfg: CfgNode, where: str, merge: Any) -> None:
+    try:
+        merge()
+    except KeyError as exc:
+        # yacs says "Non-existent config key: A.B.C".
+        key = str(exc.args[0]).rpartition(": ")[2]
+        raise ConfigError(
+            where, expected="a config key that exists", found=key, fix=f"Correct it.{did_you_mean(key, all_keys(cfg))}"
+        ) from exc
+    except (ValueError, AssertionError) as exc:
+        raise ConfigError(
+            where, expected="a value of the key's type", found=str(exc), fix="Correct the value."
+        ) from exc
+
+
+def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Every key of a config with its path."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from all_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key

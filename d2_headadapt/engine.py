@@ -1,0 +1,218 @@
+"""Training and evaluation: detectron2's trainer, with the adaptive checkpointer and an evaluator for each dataset."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import detectron2.engine.defaults
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_setup
+from detectron2.engine import default_argument_parser as stock_argument_parser
+from detectron2.engine import launch as stock_launch
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+    verify_results,
+)
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from .checkpoint import HeadAdaptCheckpointer
+from .classes import shorten
+from .configuring import load_config, resolve_config
+from .errors import DatasetError, PlanRefused
+from .settings import AdaptSettings, attach_settings
+
+logger = logging.getLogger(__name__)
+
+
+def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """detectron2's parser with ``--import``."""
+    parser: argparse.ArgumentParser = stock_argument_parser(epilog)
+    add_import_argument(parser)
+    return parser
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """``--import MODULE_OR_FILE.py``, as often as needed."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_FILE.py",
+        help="a module or file that registers your own components; repeatable",
+    )
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Read the config that the command line names, settle its classes, freeze it, and set up logging and seeds.
+
+    Args:
+        args: of :func:`default_argument_parser`.
+
+    Returns:
+        A frozen config whose class counts are those of its class tables.
+    """
+    cfg = load_config(args.config_file, args.opts, getattr(args, "imports", []))
+    # What is settled is said, and before the config is dumped.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_headadapt")
+    resolve_config(cfg)
+    default_setup(cfg, args)
+    return cfg
+
+
+class Trainer(DefaultTrainer):
+    """``DefaultTrainer`` that loads class by class, and evaluates by the dataset's ``evaluator_type``.
+
+    Several processes also work on CPUs.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_headadapt")
+        with ddp_without_gpus(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model: nn.Module = super().build_model(cfg)
+        attach_settings(model, AdaptSettings.from_config(cfg))
+        return model
+
+    def build_hooks(self) -> list[HookBase | None]:
+        # Here rather than after __init__, because the stock hooks keep a reference to the checkpointer.
+        self.checkpointer = HeadAdaptCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        hooks: list[HookBase | None] = super().build_hooks()
+        return hooks
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    """The evaluator that a dataset's metadata asks for with ``evaluator_type``.
+
+    Raises:
+        DatasetError: the dataset names no type, or one that detectron2 has no evaluator for.
+    """
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    build: dict[str, Callable[[], list[DatasetEvaluator]]] = {
+        "coco": lambda: [COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)],
+        "sem_seg": lambda: [SemSegEvaluator(dataset_name, output_dir=folder)],
+        "coco_panoptic_seg": lambda: [
+            SemSegEvaluator(dataset_name, output_dir=folder),
+            COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas),
+            COCOPanopticEvaluator(dataset_name, folder),
+        ],
+        "cityscapes_instance": lambda: [CityscapesInstanceEvaluator(dataset_name)],
+        "cityscapes_sem_seg": lambda: [CityscapesSemSegEvaluator(dataset_name)],
+        "pascal_voc": lambda: [PascalVOCDetectionEvaluator(dataset_name)],
+        "lvis": lambda: [LVISEvaluator(dataset_name, output_dir=folder)],
+    }
+    if kind not in build:
+        raise DatasetError(
+            f"dataset {dataset_name!r}",
+            expected=f"evaluator_type, one of {', '.join(build)}",
+            found=repr(kind),
+            fix=f"MetadataCatalog.get({dataset_name!r}).set(evaluator_type='coco', json_file=..., image_root=...)",
+        )
+    evaluators = build[kind]()
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+@contextmanager
+def ddp_without_gpus(device: str) -> Iterator[None]:
+    """Let stock code wrap CPU models for several processes: it passes ``device_ids``, which DDP refuses there."""
+    if device != "cpu":
+        yield
+        return
+
+    def on_cpu(model: nn.Module, **kwargs: Any) -> nn.Module:
+        wrapped: nn.Module = create_ddp_model(model, device_ids=None, **kwargs)
+        return wrapped
+
+    stock = detectron2.engine.defaults.create_ddp_model
+    detectron2.engine.defaults.create_ddp_model = on_cpu
+    try:
+        yield
+    finally:
+        detectron2.engine.defaults.create_ddp_model = stock
+
+
+def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool) -> None:
+    """Raise where a model is to be evaluated although rows of it are as the constructor drew them.
+
+    Raises:
+        PlanRefused: names the classes and the key that allows it.
+    """
+    if allowed or not checkpointer.untrained:
+        return
+    names = "; ".join(f"{space}: {shorten(classes)}" for space, classes in checkpointer.untrained.items())
+    raise PlanRefused(
+        "--eval-only",
+        expected="every class carried, fitted or trained",
+        found=f"random rows for {names}",
+        fix="Train first, name the right file in MODEL.WEIGHTS, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True.",
+    )
+
+
+def main(args: argparse.Namespace) -> Any:
+    """What ``tools/train_net.py`` runs in every process: train, or evaluate with ``--eval-only``."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = HeadAdaptCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        refuse_new_rows(checkpointer, cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def launch(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    """Run ``run(args)`` in every process that the command line asks for, also where torchrun started this one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _in_torchrun(run, args)
+    return stock_launch(
+        run,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+def _in_torchrun(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
+    cuda = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return run(args)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,164 @@
+"""From a file, a model and a user's settings to a plan; nothing is loaded here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+import torch
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from .classes import ClassTable, did_you_mean
+from .errors import CheckpointFileError, PlanRefused
+from .files import read_checkpoint, shapes_of
+from .groups import source_key
+from .layout_registry import layouts_of
+from .names import SettledNames, settle_names
+from .plan import AdaptPlan
+from .planning import plan_adaptation
+from .provenance import KEY, Provenance
+from .settings import AdaptSettings
+from .vocabularies import zoo_tables
+
+logger = logging.getLogger(__name__)
+
+
+def check_exists(path: str) -> None:
+    """Raise for a local path that is no file, with the nearest names of its folder."""
+    local = path.partition("?")[0]
+    if "://" in local or os.path.isfile(local):
+        return
+    folder, name = os.path.split(local)
+    near = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
+    found = "a folder" if os.path.isdir(local) else "no such file"
+    raise CheckpointFileError(
+        local, expected="a checkpoint file", found=found, fix=f"Correct MODEL.WEIGHTS.{did_you_mean(name, near)}"
+    )
+
+
+def asks_heuristics(path: str) -> bool:
+    """Whether the address ends in ``?matching_heuristics=True``, the one query that detectron2 knows."""
+    queries = parse_qs(urlparse(path).query)
+    asked = queries.pop("matching_heuristics", ["False"]) == ["True"]
+    if queries:
+        raise CheckpointFileError(
+            path,
+            expected="no query but ?matching_heuristics=True",
+            found=", ".join(queries),
+            fix="Remove the rest of the query.",
+        )
+    return asked
+
+
+def settle_checkpoint(
+    stored: Mapping[str, Any], model_state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Any]
+) -> SettledNames:
+    """The tensors of a file under the model's names, by the rules that its format asks for."""
+    tensors = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in stored.items()}
+    return settle_names(
+        tensors,
+        shapes_of(model_state),
+        caffe2=checkpoint.get("__author__") == "Caffe2",
+        heuristics=bool(checkpoint.get("matching_heuristics", False)),
+    )
+
+
+def plan_file(path: str, model: nn.Module, settings: AdaptSettings) -> AdaptPlan:
+    """Plan the load of a file into a model, which may be on the meta device; nothing is loaded.
+
+    Args:
+        path: file or address.
+        model: gives names, shapes and layouts.
+        settings: what the user wants.
+
+    Raises:
+        HeadAdaptError: the file cannot be read, or a name is ambiguous. A refused plan is returned.
+    """
+    local = PathManager.get_local_path(path.partition("?")[0])
+    checkpoint = read_checkpoint(local, trust=settings.trust_file, verify=False)
+    if asks_heuristics(path):
+        checkpoint["matching_heuristics"] = True
+    known = Provenance() if KEY not in checkpoint else Provenance.from_plain(checkpoint[KEY], path)
+    settled = settle_checkpoint(checkpoint["model"], model.state_dict(), checkpoint)
+    return plan_load(settled, model, settings, known, path)
+
+
+def plan_load(
+    settled: SettledNames,
+    model: nn.Module,
+    settings: AdaptSettings,
+    known: Provenance,
+    origin: str,
+    *,
+    own_file: bool = False,
+) -> AdaptPlan:
+    """Bring file, model and settings together in a plan; nothing is loaded.
+
+    Args:
+        settled: the file's tensors under the model's names.
+        model: on any device, the meta device included.
+        settings: what the user wants.
+        known: the file's provenance.
+        origin: the path or address that the user gave; a model zoo address names the classes.
+        own_file: the file is this run's own checkpoint: what the user said of MODEL.WEIGHTS is not about it.
+    """
+    if own_file:
+        settings = replace(settings, source={}, initialise=frozenset())
+    sources: dict[str, ClassTable] = {**(zoo_tables(origin) or {}), **settings.source}
+    for space, table in known.tables.items():
+        if space in settings.source and settings.source[space] != table:
+            logger.warning(
+                "%s names %d classes, but the file says itself that it has %d: the file is right.",
+                source_key(space),
+                len(settings.source[space]),
+                len(table),
+            )
+        sources[space] = table
+    layouts = layouts_of(model)
+    for space in sorted(set(settings.source) - {layout.space for layout in layouts}):
+        logger.info("%s is set, but the model has no %s head.", source_key(space), space)
+    shapes = shapes_of(model.state_dict())
+    targets = dict(settings.target)
+    for space, table in known.tables.items():
+        mine = [x for x in layouts if x.space == space and not x.rebuilt]
+        if space not in targets and all(x.fits(shapes[x.tensor], len(table)) for x in mine):
+            targets[space] = table
+    return plan_adaptation(
+        shapes_of(settled.tensors),
+        shapes,
+        layouts,
+        source_tables=sources,
+        target_tables=targets,
+        source_layouts=known.layouts,
+        aliases=settings.aliases,
+        match=settings.match,
+        initialise=settings.initialise,
+        dropped=settled.dropped,
+    )
+
+
+def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
+    """Raise where a plan holds a refused tensor, loads nothing, or covers too little of the file."""
+    plan.raise_if_refused()
+    parts = ", ".join(f"{name} {found}/{total}" for name, (found, total) in plan.coverage_by_submodule().items())
+    if plan.loads_nothing:
+        raise PlanRefused(
+            origin,
+            expected="tensors that the model has",
+            found=f"none that fits ({parts})",
+            fix="Use a checkpoint of this architecture, or the config of this checkpoint.",
+        )
+    if plan.coverage < min_coverage:
+        raise PlanRefused(
+            origin,
+            expected=f"at least {min_coverage:.0%} of the file's tensors to find a place in the model",
+            found=f"{plan.coverage:.0%} (by submodule: {parts})",
+            fix="Use a checkpoint of this architecture, or set MODEL.HEAD_ADAPT.MIN_COVERAGE "
+            f"{max(0.0, plan.coverage - 0.01):.2f} to load it all the same.",
+        )

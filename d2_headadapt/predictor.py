@@ -1,0 +1,155 @@
+"""The box predictor: stock detectron2's, which also knows its classes, its layouts and its own recipe for new rows.
+
+R   number of regions
+K   number of classes
+C   number of input channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from fvcore.common.registry import Registry
+from torch import nn
+
+from .classes import ClassTable, did_you_mean
+from .detectron2_layouts import fast_rcnn_layouts
+from .errors import ClassTableError, ConfigError
+from .layout_registry import ModuleContext
+from .layouts import HeadLayout
+
+PREDICTOR_REGISTRY = Registry("PREDICTOR")
+PREDICTOR_REGISTRY.__doc__ = """
+Box predictors, called as ``predictor(cfg, input_shape, box2box_transform=..., class_table=...)``. The config key
+``MODEL.HEAD_ADAPT.PREDICTOR`` names the one to use.
+"""
+
+
+@PREDICTOR_REGISTRY.register()
+class HeadAdaptOutputLayers(FastRCNNOutputLayers):
+    """``FastRCNNOutputLayers`` with a class table.
+
+    Forward, losses and inference are the parent's, untouched.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        class_table: ClassTable | None = None,
+        cls_agnostic_bbox_reg: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            input_shape: of the region features, (C,) or (C, H, W).
+            class_table: the K classes of the rows, where they are known.
+            cls_agnostic_bbox_reg: one box regressor for all classes.
+            kwargs: the parent's.
+
+        Raises:
+            ClassTableError: a table whose length is not ``num_classes``.
+        """
+        super().__init__(input_shape, cls_agnostic_bbox_reg=cls_agnostic_bbox_reg, **kwargs)
+        if class_table is not None and len(class_table) != self.num_classes:
+            raise ClassTableError(
+                "class_table",
+                expected=f"{self.num_classes} classes, as num_classes says",
+                found=f"{len(class_table)} of {class_table.origin}",
+                fix="Pass the table that belongs to the model.",
+            )
+        self.class_table = class_table
+        # A one-class regressor and a class-agnostic one have the same shape; only the constructor knows.
+        self.cls_agnostic = cls_agnostic_bbox_reg
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        ret: dict[str, Any] = super().from_config(cfg, input_shape)
+        return ret
+
+    def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
+        """Layouts of ``cls_score``, ``bbox_pred`` and the federated-loss weights."""
+        return fast_rcnn_layouts(self, context)
+
+    @torch.no_grad()
+    def reinitialise_rows(self, classes: Sequence[int | str], generator: torch.Generator | None = None) -> None:
+        """Give the rows of some classes the values that this constructor would have given them.
+
+        ``cls_score`` rows are drawn from N(0, 0.01), class-specific ``bbox_pred`` rows from N(0, 0.001), biases are 0
+        (``modeling/roi_heads/fast_rcnn.py``). Every other row, and an agnostic regressor, keeps its bits.
+
+        Args:
+            classes: indices, or names of the class table.
+            generator: a CPU generator; the global one by default.
+
+        Raises:
+            ClassTableError: a name or an index that is not there.
+        """
+        indices = [self._class_index(entry) for entry in classes]
+        recipes: list[tuple[nn.Linear, float, HeadLayout]] = []
+        for layout in self.head_layouts(ModuleContext("", ())):
+            name, _, leaf = layout.tensor.rpartition(".")
+            if leaf == "weight" and layout.axes:
+                recipes.append((getattr(self, name), {"cls_score": 0.01, "bbox_pred": 0.001}[name], layout))
+        for layer, std, layout in recipes:
+            rows = layout.rows(indices, self.num_classes)
+            drawn = torch.empty(len(rows), layer.in_features).normal_(0.0, std, generator=generator)
+            layer.weight[rows.to(layer.weight.device)] = drawn.to(layer.weight)
+            layer.bias[rows.to(layer.bias.device)] = 0.0
+
+    def _class_index(self, entry: int | str) -> int:
+        table = self.class_table
+        if isinstance(entry, str):
+            found = table.find(entry) if table is not None else None
+            if found is None:
+                names = table.names if table is not None else ()
+                raise ClassTableError(
+                    "reinitialise_rows",
+                    expected=f"a class of the {len(names)} that this head predicts",
+                    found=repr(entry),
+                    fix=f"Use one of its names.{did_you_mean(entry, names)}",
+                )
+            return found
+        if not 0 <= entry < self.num_classes:
+            raise ClassTableError(
+                "reinitialise_rows",
+                expected=f"an index from 0 to {self.num_classes - 1}",
+                found=str(entry),
+                fix="Background has no class index.",
+            )
+        return entry
+
+
+def replace_predictor(
+    name: str, cfg: CfgNode, stock: FastRCNNOutputLayers, input_shape: ShapeSpec, class_table: ClassTable | None
+) -> nn.Module:
+    """Build predictor ``name`` in place of the one that stock detectron2 just built.
+
+    Stock hard-codes its predictor. Ours is built without moving the random stream and takes the values that stock's
+    drew, so that every module built later, and every loss, is the one that stock would have had.
+
+    Raises:
+        ConfigError: no predictor of that name.
+    """
+    if name not in PREDICTOR_REGISTRY:
+        known = [entry for entry, _ in PREDICTOR_REGISTRY]
+        raise ConfigError(
+            "MODEL.HEAD_ADAPT.PREDICTOR",
+            expected=f"one of {', '.join(known)}",
+            found=repr(name),
+            fix=f"Register it, or correct the name.{did_you_mean(name, known)}",
+        )
+    with torch.random.fork_rng(devices=[]):
+        ours: nn.Module = PREDICTOR_REGISTRY.get(name)(
+            cfg, input_shape, box2box_transform=stock.box2box_transform, class_table=class_table
+        )
+    shapes = {key: value.shape for key, value in ours.state_dict().items()}
+    drawn = {key: value for key, value in stock.state_dict().items() if shapes.get(key) == value.shape}
+    ours.load_state_dict(drawn, strict=False)
+    return ours
