@@ -115,7 +115,8 @@ def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayo
     semantic = context.owner("PointRendSemSegHead")
     if semantic is not None:
         space, group, part = "stuff", semantic[0] or "stuff", "sem_seg_head"
-        num_classes = semantic[1].coarse_sem_seg_head.predictor.out_channels  # type: ignore[union-attr]
+        coarse: Any = semantic[1]
+        num_classes: int = coarse.coarse_sem_seg_head.predictor.out_channels
     else:
         owner = context.owner(*ROI_HEADS)
         space, group, part = "thing", _thing_group(context), "mask_head"
@@ -127,7 +128,7 @@ def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayo
             yield HeadLayout(f"{context.name}.{layer}.weight".lstrip("."), space, group, part, axes=((1, offset),))
     rows = module.predictor.out_channels
     inputs = ((1, module.predictor.in_channels - num_classes),) if module.coarse_pred_each_layer else ()
-    outputs = () if _agnostic(module, rows, 1, int(num_classes)) else ((0, 0),)
+    outputs = () if _agnostic(module, rows, 1, num_classes) else ((0, 0),)
     weight, bias = _pair(context, "predictor", space, group, part=part)
     yield HeadLayout(weight.tensor, space, group, part, axes=(*outputs, *inputs), by_choice=not outputs)
     yield HeadLayout(bias.tensor, space, group, part, axes=outputs, by_choice=not outputs)
