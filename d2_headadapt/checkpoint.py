@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from .errors import CheckpointFileError, ResumeError
+from .errors import HeadAdaptError
 from .files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
 from .layout_registry import layouts_of
-from .loading import asks_heuristics, check_exists, plan_load, refuse_plan, settle_checkpoint
+from .loading import asks_heuristics, check_exists, not_fetched, plan_load, refuse_plan, settle_checkpoint
+from .moments import adapt_averages
 from .plan import AdaptPlan
 from .provenance import KEY, Provenance, optimizer_names
+from .ranks import agree, compare, readable_everywhere, share_new_rows
 from .report import plan_table, summary_line
+from .resuming import adapt_resume, find_optimizer
 from .settings import AdaptSettings, settings_of
 
 logger = logging.getLogger(__name__)
@@ -78,22 +85,38 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         """
         if not path:
             return dict(super().load(path, checkpointables) or {})
-        check_exists(path)
+        local = "://" not in path
+        file, _, query = path.partition("?")
+        if comm.get_world_size() == 1:
+            check_exists(path)
         self._origin = path
-        self._resuming = bool(self.checkpointables) and (checkpointables is None or bool(checkpointables))
+        self._resumes = set(self.checkpointables if checkpointables is None else checkpointables)
         self._own_file = bool(self.save_dir) and self.has_checkpoint() and path == self.get_checkpoint_file()
         try:
-            return dict(super().load(path, checkpointables))
+            with readable_everywhere(file, not local or os.path.isfile(file)) as readable, self._as_it_was():
+                return dict(super().load(f"{readable}?{query}" if query else readable, checkpointables))
         except (OSError, AssertionError) as exc:
-            raise CheckpointFileError(
-                path,
-                expected="a file that can be fetched",
-                found=f"{type(exc).__name__}: {exc}",
-                fix="Correct MODEL.WEIGHTS, or download the file and give its path.",
-            ) from exc
+            raise not_fetched(path, exc) from exc
         finally:
             # Stock resets this only after a load that worked, and asserts on it in the next one.
             self._parsed_url_during_load = None
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Put model and checkpointables back where something fails after the first of them was written to."""
+        if not self._resumes and comm.get_world_size() == 1:
+            # The model is written to last, by one call that cannot fail half-way.
+            yield
+            return
+        model = {name: value.clone() for name, value in self.model.state_dict().items()}
+        others = {name: copy.deepcopy(value.state_dict()) for name, value in self.checkpointables.items()}
+        try:
+            yield
+        except BaseException:
+            self.model.load_state_dict(model)
+            for name, state in others.items():
+                self.checkpointables[name].load_state_dict(state)
+            raise
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         # Only what the plan takes is verified, once the plan is there.
@@ -105,22 +128,15 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         path = checkpoint.pop("__path__", self._origin)
-        provenance = checkpoint.pop(KEY, None)
-        known = Provenance() if provenance is None else Provenance.from_plain(provenance, self._origin)
-        stored = checkpoint.pop("model")
-        model_state = self.model.state_dict()
-        settled = settle_checkpoint(stored, model_state, checkpoint)
-        plan = plan_load(settled, self.model, self.settings, known, self._origin, own_file=self._own_file)
-        self._refuse(plan, known)
-        taken = {t.name: settled.tensors[t.name] for t in plan.by_action("copied", "carried")}
-        if self.settings.verify_file:
-            verify_tensors(path, taken)
-        state = plan.apply(settled.tensors, model_state)
-        ordered = OrderedDict(state)
-        if hasattr(stored, "_metadata"):
-            # Modules convert old formats by the version numbers in it.
-            ordered._metadata = stored._metadata  # type: ignore[attr-defined]
-        self.model.load_state_dict(ordered)
+        state, plan, known, error = OrderedDict[str, torch.Tensor](), AdaptPlan(()), Provenance(), None
+        try:
+            state, plan, known = self._prepare(checkpoint, path)
+        except HeadAdaptError as exc:
+            error = exc
+        agree(error, self._origin)
+        self.model.load_state_dict(state)
+        share_new_rows(plan, self.model.state_dict())
+        compare(self.model.state_dict(), self._origin)
         self._remember(plan, known)
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
@@ -128,16 +144,31 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             incorrect_shapes=[],
         )
 
-    def _refuse(self, plan: AdaptPlan, known: Provenance) -> None:
-        refuse_plan(plan, self.settings.min_coverage, self._origin)
-        changed = [space for space in plan.target if (m := plan.class_map(space)) and not m.is_identity]
-        if self._resuming and changed:
-            raise ResumeError(
-                self._origin,
-                expected=f"the class list of the run that is resumed ({len(plan.source[changed[0]])} classes)",
-                found=f"another list ({len(plan.target[changed[0]])} classes of {plan.target[changed[0]].origin})",
-                fix="Train without --resume in another OUTPUT_DIR: MODEL.WEIGHTS then carries its classes by name.",
-            )
+    def _prepare(
+        self, checkpoint: dict[str, Any], path: str
+    ) -> tuple[OrderedDict[str, torch.Tensor], AdaptPlan, Provenance]:
+        """Everything that can fail, before anything is written to; ``checkpoint`` loses what is used."""
+        provenance = checkpoint.pop(KEY, None)
+        known = Provenance() if provenance is None else Provenance.from_plain(provenance, self._origin)
+        stored = checkpoint.pop("model")
+        model_state = self.model.state_dict()
+        settings = self.settings
+        if self._own_file:
+            # What the user said of MODEL.WEIGHTS is not about this run's own checkpoint.
+            settings = replace(settings, source={}, initialise=frozenset(), include=(), exclude=(), rename=())
+        settled = settle_checkpoint(stored, model_state, checkpoint, settings)
+        plan = plan_load(settled, self.model, settings, known, self._origin)
+        refuse_plan(plan, settings.min_coverage, self._origin)
+        if self._resumes & checkpoint.keys():
+            adapt_resume(checkpoint, plan, known, self.model, self.checkpointables, settings.resume, self._origin)
+        if self.settings.verify_file:
+            verify_tensors(path, {t.name: settled.tensors[t.name] for t in plan.by_action("copied", "carried")})
+        state = OrderedDict(plan.apply(settled.tensors, model_state))
+        adapt_averages(checkpoint, plan, state)
+        if hasattr(stored, "_metadata"):
+            # Modules convert old formats by the version numbers in it.
+            state._metadata = stored._metadata  # type: ignore[attr-defined]
+        return state, plan, known
 
     def _remember(self, plan: AdaptPlan, known: Provenance) -> None:
         self.plan = plan
@@ -214,12 +245,3 @@ def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str
                 classes.target.names[t] for t, s in pairs if classes.source.names[s] in names
             )
     return {space: tuple(sorted(names)) for space, names in found.items() if names}
-
-
-def find_optimizer(checkpointables: Mapping[str, Any]) -> torch.optim.Optimizer | None:
-    """The optimizer among what a checkpointer saves: its own entry, or a trainer's."""
-    for value in checkpointables.values():
-        for candidate in (value, getattr(value, "optimizer", None)):
-            if isinstance(candidate, torch.optim.Optimizer):
-                return candidate
-    return None

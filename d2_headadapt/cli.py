@@ -11,6 +11,7 @@ from .engine import add_import_argument
 from .errors import HeadAdaptError
 from .version import __version__
 
+DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."
 EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line is wrong."
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    parser = argparse.ArgumentParser("d2-headadapt", description=__doc__, epilog=EPILOG)
+    parser = argparse.ArgumentParser("d2-headadapt", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

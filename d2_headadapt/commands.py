@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .checkpoint import HeadAdaptCheckpointer
-from .configuring import load_config, resolve_config
+from .configuring import load_config, registered_names, resolve_config
 from .errors import UsageError
 from .files import existing_output, write_checkpoint, write_text
 from .loading import check_exists, plan_file, refuse_plan
@@ -41,10 +41,11 @@ def adapt(args: argparse.Namespace) -> int:
     """Write an adapted checkpoint: the model and its provenance."""
     cfg, settings = _configure(args)
     path = _weights(args, cfg)
-    existing_output(args.output, force=args.force, inputs=[path])
+    existing_output(args.output, force=args.force, inputs=[path.partition("?")[0]])
     # New rows are drawn by the model's constructor: the same command writes the same file.
     seed_all_rng(max(cfg.SEED, 0))
-    model = build_model(cfg)
+    with registered_names():
+        model = build_model(cfg)
     attach_settings(model, settings)
     checkpointer = HeadAdaptCheckpointer(model)
     left = checkpointer.load(path, checkpointables=[])
@@ -63,12 +64,13 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
     on_meta = cfg.clone()
     on_meta.defrost()
     on_meta.MODEL.DEVICE = "meta"
-    try:
-        with torch.device("meta"):
-            model: nn.Module = build_model(on_meta)
-    except (NotImplementedError, RuntimeError):
-        on_meta.MODEL.DEVICE = "cpu"
-        model = build_model(on_meta)
+    with registered_names():
+        try:
+            with torch.device("meta"):
+                model: nn.Module = build_model(on_meta)
+        except (NotImplementedError, RuntimeError):
+            on_meta.MODEL.DEVICE = "cpu"
+            model = build_model(on_meta)
     return model
 
 

@@ -35,6 +35,19 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Least share (0 to 1) of the file's tensors that must find a place in the model.
     node.MIN_COVERAGE = 0.5
 
+    # What --resume does when the class list changed: "refuse", or "adapt" (carried rows keep their optimizer moments).
+    node.RESUME = "refuse"
+
+    # Glob patterns on tensor names. INCLUDE: take only these from the file; EXCLUDE: take everything but these.
+    node.INCLUDE = []
+    node.EXCLUDE = []
+
+    # "regex=replacement" rules on the file's tensor names, applied in their order before anything is matched.
+    node.RENAME = []
+
+    # Glob patterns on parameter names that Trainer does not train.
+    node.FREEZE = []
+
     # Evaluate from the command line although rows were neither carried, fitted nor trained.
     node.ALLOW_NEW_ROWS_AT_EVAL = False
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .classes import did_you_mean
@@ -26,11 +29,12 @@ class PathAwareCfgNode(CfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
-        entries = (loaded.get("DATASETS") or {}).get("REGISTER")
-        if entries:
+        datasets = loaded.get("DATASETS")
+        entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
+        if isinstance(datasets, dict) and isinstance(entries, (list, tuple)):
             # Entries of a base file are absolute by now: it came through here first.
             folder = os.path.dirname(os.path.abspath(filename))
-            loaded["DATASETS"]["REGISTER"] = absolute_entries(entries, folder)
+            datasets["REGISTER"] = absolute_entries(entries, folder)
         return loaded
 
 
@@ -47,7 +51,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
         UsageError: an import that fails.
     """
     modules = import_components(imports)
-    cfg = PathAwareCfgNode(get_cfg())
+    cfg = get_cfg()
     add_headadapt_config(cfg)
     add_component_keys(cfg, modules)
     if config_file:
@@ -55,7 +59,10 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
             raise ConfigError(
                 "--config-file", expected="a yaml file", found=f"no file {config_file!r}", fix="Correct the path."
             )
-        _merge(cfg, config_file, lambda: cfg.merge_from_file(config_file))
+        # The whole tree in one type, because yacs refuses to merge nodes of two.
+        reader = PathAwareCfgNode(cfg)
+        _merge(reader, config_file, lambda: reader.merge_from_file(config_file))
+        cfg = CfgNode(reader)
     if len(opts) % 2:
         raise ConfigError(
             "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."
@@ -80,7 +87,7 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
         HeadAdaptError: a dataset, class table or key that cannot be used.
     """
     register_datasets(cfg.DATASETS.REGISTER)
-    settings = AdaptSettings.from_config(cfg, registered_only=not reads_labels)
+    settings = AdaptSettings.from_config(cfg)
     if reads_labels:
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             for space, table in settings.target.items():
@@ -96,16 +103,45 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
     return settings
 
 
+@contextmanager
+def registered_names() -> Iterator[None]:
+    """Turn fvcore's KeyError for a component that nobody registered into a message that says what to type."""
+    try:
+        yield
+    except KeyError as exc:
+        found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(exc))
+        if found is None:
+            raise
+        raise ConfigError(
+            f"config, {found[2]}",
+            expected="the name of a registered component",
+            found=repr(found[1]),
+            fix="Correct the key under MODEL that names it, or register it in a module given with --import.",
+        ) from exc
+
+
 def _merge(cfg: CfgNode, where: str, merge: Any) -> None:
     try:
         merge()
-    except KeyError as exc:
-        # yacs says "Non-existent config key: A.B.C".
-        key = str(exc.args[0]).rpartition(": ")[2]
+    except (KeyError, AssertionError) as exc:
+        # yacs says "Non-existent config key: A.B.C", and "Non-existent key: A.B.C" with another type.
+        start, _, key = str(exc.args[0] if exc.args else "").rpartition("key: ")
+        if "Non-existent" not in start:
+            raise ConfigError(
+                where, expected="a value of the key's type", found=str(exc), fix="Correct the value."
+            ) from exc
         raise ConfigError(
             where, expected="a config key that exists", found=key, fix=f"Correct it.{did_you_mean(key, all_keys(cfg))}"
         ) from exc
-    except (ValueError, AssertionError) as exc:
+    except (AttributeError, TypeError, yaml.YAMLError) as exc:
+        raise ConfigError(
+            where, expected="a yaml file of KEY: value lines", found=" ".join(str(exc).split()), fix="Correct the file."
+        ) from exc
+    except OSError as exc:
+        raise ConfigError(
+            where, expected="a yaml file and base files that can be read", found=str(exc), fix="Correct the path."
+        ) from exc
+    except ValueError as exc:
         raise ConfigError(
             where, expected="a value of the key's type", found=str(exc), fix="Correct the value."
         ) from exc

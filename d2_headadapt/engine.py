@@ -35,7 +35,7 @@ from torch import nn
 
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
-from .configuring import load_config, resolve_config
+from .configuring import load_config, registered_names, resolve_config
 from .errors import DatasetError, PlanRefused
 from .settings import AdaptSettings, attach_settings
 
@@ -91,7 +91,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model: nn.Module = super().build_model(cfg)
+        with registered_names():
+            model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg))
         return model
 
@@ -164,9 +165,10 @@ def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool) -> None:
     Raises:
         PlanRefused: names the classes and the key that allows it.
     """
-    if allowed or not checkpointer.untrained:
+    if allowed or (checkpointer.plan is not None and not checkpointer.untrained):
         return
     names = "; ".join(f"{space}: {shorten(classes)}" for space, classes in checkpointer.untrained.items())
+    names = names or "every class, because MODEL.WEIGHTS is empty"
     raise PlanRefused(
         "--eval-only",
         expected="every class carried, fitted or trained",

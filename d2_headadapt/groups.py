@@ -43,6 +43,7 @@ class HeadGroup:
     maps: Mapping[str, ClassMap]
     file_layouts: Mapping[str, HeadLayout]
     initialise: Collection[str]
+    excluded: Mapping[str, str]
 
     def plan(self) -> list[TensorPlan]:
         """Decide for every member."""
@@ -53,9 +54,20 @@ class HeadGroup:
             if m.rebuilt
         ]
         absent = self._absent_parts(carried)
-        present = [m for m in carried if m.part not in absent]
+        plans += [
+            self._entry(
+                m,
+                "kept" if m.agnostic else "initialised",
+                verified=True,
+                new=self._every(m),
+                reason=self.excluded[m.tensor],
+            )
+            for m in carried
+            if m.tensor in self.excluded
+        ]
+        present = [m for m in carried if m.part not in absent and m.tensor not in self.excluded]
         for m in carried:
-            if m.part in absent:
+            if m.part in absent and m.tensor not in self.excluded:
                 action = "kept" if m.agnostic else "initialised"
                 plans.append(self._entry(m, action, verified=True, new=self._every(m), reason="not in the file"))
         if not present:

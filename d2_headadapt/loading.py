@@ -23,6 +23,7 @@ from .names import SettledNames, settle_names
 from .plan import AdaptPlan
 from .planning import plan_adaptation
 from .provenance import KEY, Provenance
+from .selecting import left_out, rename
 from .settings import AdaptSettings
 from .vocabularies import zoo_tables
 
@@ -42,6 +43,16 @@ def check_exists(path: str) -> None:
     )
 
 
+def not_fetched(path: str, exc: BaseException) -> CheckpointFileError:
+    """The error for an address that gives no file."""
+    return CheckpointFileError(
+        path,
+        expected="a file that can be fetched",
+        found=f"{type(exc).__name__}: {exc}",
+        fix="Correct MODEL.WEIGHTS, or download the file and give its path.",
+    )
+
+
 def asks_heuristics(path: str) -> bool:
     """Whether the address ends in ``?matching_heuristics=True``, the one query that detectron2 knows."""
     queries = parse_qs(urlparse(path).query)
@@ -57,16 +68,21 @@ def asks_heuristics(path: str) -> bool:
 
 
 def settle_checkpoint(
-    stored: Mapping[str, Any], model_state: Mapping[str, torch.Tensor], checkpoint: Mapping[str, Any]
+    stored: Mapping[str, Any],
+    model_state: Mapping[str, torch.Tensor],
+    checkpoint: Mapping[str, Any],
+    settings: AdaptSettings,
 ) -> SettledNames:
-    """The tensors of a file under the model's names, by the rules that its format asks for."""
+    """The tensors of a file under the model's names, by the rules of its format and the user's."""
     tensors = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in stored.items()}
-    return settle_names(
-        tensors,
+    settled = settle_names(
+        rename(tensors, settings.rename),
         shapes_of(model_state),
         caffe2=checkpoint.get("__author__") == "Caffe2",
         heuristics=bool(checkpoint.get("matching_heuristics", False)),
     )
+    out = left_out(settled.tensors, settings.include, settings.exclude)
+    return replace(settled, excluded=out)
 
 
 def plan_file(path: str, model: nn.Module, settings: AdaptSettings) -> AdaptPlan:
@@ -80,12 +96,15 @@ def plan_file(path: str, model: nn.Module, settings: AdaptSettings) -> AdaptPlan
     Raises:
         HeadAdaptError: the file cannot be read, or a name is ambiguous. A refused plan is returned.
     """
-    local = PathManager.get_local_path(path.partition("?")[0])
+    try:
+        local = PathManager.get_local_path(path.partition("?")[0])
+    except (OSError, AssertionError) as exc:
+        raise not_fetched(path, exc) from exc
     checkpoint = read_checkpoint(local, trust=settings.trust_file, verify=False)
     if asks_heuristics(path):
         checkpoint["matching_heuristics"] = True
     known = Provenance() if KEY not in checkpoint else Provenance.from_plain(checkpoint[KEY], path)
-    settled = settle_checkpoint(checkpoint["model"], model.state_dict(), checkpoint)
+    settled = settle_checkpoint(checkpoint["model"], model.state_dict(), checkpoint, settings)
     return plan_load(settled, model, settings, known, path)
 
 
@@ -95,8 +114,6 @@ def plan_load(
     settings: AdaptSettings,
     known: Provenance,
     origin: str,
-    *,
-    own_file: bool = False,
 ) -> AdaptPlan:
     """Bring file, model and settings together in a plan; nothing is loaded.
 
@@ -106,10 +123,7 @@ def plan_load(
         settings: what the user wants.
         known: the file's provenance.
         origin: the path or address that the user gave; a model zoo address names the classes.
-        own_file: the file is this run's own checkpoint: what the user said of MODEL.WEIGHTS is not about it.
     """
-    if own_file:
-        settings = replace(settings, source={}, initialise=frozenset())
     sources: dict[str, ClassTable] = {**(zoo_tables(origin) or {}), **settings.source}
     for space, table in known.tables.items():
         if space in settings.source and settings.source[space] != table:
@@ -140,6 +154,7 @@ def plan_load(
         match=settings.match,
         initialise=settings.initialise,
         dropped=settled.dropped,
+        excluded=settled.excluded,
     )
 
 

@@ -22,11 +22,13 @@ class SettledNames:
         tensors: name in the model (or in the file, where the model has none) -> tensor.
         dropped: names of the file that fit several places -> the reason.
         file_names: name in ``tensors`` -> name in the file, where the two differ.
+        excluded: names in ``tensors`` that the user leaves out -> the reason.
     """
 
     tensors: dict[str, torch.Tensor]
     dropped: dict[str, str] = field(default_factory=dict)
     file_names: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
 
 
 def settle_names(

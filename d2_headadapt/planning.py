@@ -27,6 +27,7 @@ def plan_adaptation(
     match: str = "name",
     initialise: Collection[str] = (),
     dropped: Mapping[str, str] | None = None,
+    excluded: Mapping[str, str] | None = None,
 ) -> AdaptPlan:
     """Decide what happens to every tensor of a file and of a model.
 
@@ -39,7 +40,8 @@ def plan_adaptation(
             and checked against the table's size.
         aliases, match: see :func:`d2_headadapt.classes.match_classes`.
         initialise: label spaces whose head groups keep the model's initial values whatever the file holds.
-        dropped: tensors of the file that were left out before, with the reason.
+        dropped: names of the file that find no place, with the reason.
+        excluded: tensors that the user leaves out, with the reason; the rest of their head group is still taken.
 
     Returns:
         AdaptPlan: nothing is loaded yet.
@@ -49,6 +51,7 @@ def plan_adaptation(
     """
     targets = dict(target_tables or {})
     sources = {s: t for s, t in (source_tables or {}).items() if s not in initialise}
+    out = dict(excluded or {})
     used_spaces = {layout.space for layout in layouts}
     if match == "position":
         _name_by_position(layouts, source_shapes, targets, sources, initialise)
@@ -64,14 +67,14 @@ def plan_adaptation(
         groups.setdefault(layout.group, []).append(layout)
     file_layouts = {layout.tensor: layout for layout in source_layouts}
     for members in groups.values():
-        group = HeadGroup(members, source_shapes, target_shapes, sources, targets, maps, file_layouts, initialise)
+        group = HeadGroup(members, source_shapes, target_shapes, sources, targets, maps, file_layouts, initialise, out)
         planned.update({t.name: t for t in group.plan()})
     tensors = [
-        planned[name] if name in planned else _without_layout(name, source_shapes.get(name), shape, maps)
+        planned[name] if name in planned else _without_layout(name, source_shapes.get(name), shape, maps, out)
         for name, shape in target_shapes.items()
     ]
     tensors += [
-        TensorPlan(name, "dropped", source_shape=shape, reason="the model has no tensor of this name")
+        TensorPlan(name, "dropped", source_shape=shape, reason=out.get(name, "the model has no tensor of this name"))
         for name, shape in source_shapes.items()
         if name not in target_shapes
     ]
@@ -125,15 +128,19 @@ def _name_by_position(
             sources[layout.space] = ClassTable(names, "the file, by position")
 
 
-def _without_layout(name: str, in_file: Shape | None, in_model: Shape, maps: Mapping[str, ClassMap]) -> TensorPlan:
+def _without_layout(
+    name: str, in_file: Shape | None, in_model: Shape, maps: Mapping[str, ClassMap], out: Mapping[str, str]
+) -> TensorPlan:
     if in_file is None:
         return TensorPlan(name, "kept", target_shape=in_model, reason="not in the file")
+    if name in out:
+        return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, reason=out[name])
     if in_file != in_model:
         reason = f"{in_file} in the file, {in_model} in the model, and no layout says that its rows are classes"
         return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, reason=reason)
     counts = {len(m.target) + extra for m in maps.values() if not m.is_identity for extra in (0, 1)}
-    # A backbone's channel counts meet a class count by accident more often than by meaning.
-    if in_model and in_model[0] in counts and not name.startswith("backbone"):
+    # A backbone's channels and a proposal network's anchors meet a class count by accident: 3 anchors, 3 classes.
+    if in_model and in_model[0] in counts and not name.startswith(("backbone", "proposal_generator")):
         reason = f"unverified: {in_model[0]} rows may be classes, and no layout says so; see register_head_layout"
         return TensorPlan(name, "copied", None, None, in_file, in_model, verified=False, reason=reason)
     return TensorPlan(name, "copied", source_shape=in_file, target_shape=in_model)

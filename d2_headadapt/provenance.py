@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .classes import ClassTable
-from .errors import CheckpointFileError, HeadAdaptError
+from .errors import CheckpointFileError
 from .layouts import HeadLayout
 
 KEY = "d2_headadapt"
@@ -84,7 +84,7 @@ class Provenance:
                 untrained,
                 extra,
             )
-        except (AttributeError, TypeError, HeadAdaptError) as exc:
+        except (AttributeError, TypeError, ValueError) as exc:
             raise CheckpointFileError(
                 where,
                 expected="class tables and layouts",

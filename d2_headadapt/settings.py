@@ -55,6 +55,8 @@ class AdaptSettings:
         min_coverage: least share of the file's tensors that must find a place.
         trust_file: allow full pickle.
         verify_file: check the CRC of records that are taken.
+        resume: ``"refuse"`` or ``"adapt"``, what a resume does when the class list changed.
+        include, exclude, rename: see :mod:`d2_headadapt.selecting`.
     """
 
     target: Mapping[str, ClassTable] = field(default_factory=dict)
@@ -65,6 +67,10 @@ class AdaptSettings:
     min_coverage: float = 0.5
     trust_file: bool = False
     verify_file: bool = True
+    resume: str = "refuse"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *, registered_only: bool = False) -> AdaptSettings:
@@ -80,13 +86,14 @@ class AdaptSettings:
         """
         cfg = with_keys(cfg)
         node = cfg.MODEL.HEAD_ADAPT
-        if node.MATCH not in ("name", "position"):
-            raise ConfigError(
-                "MODEL.HEAD_ADAPT.MATCH",
-                expected="'name' or 'position'",
-                found=repr(node.MATCH),
-                fix="Set MODEL.HEAD_ADAPT.MATCH name.",
-            )
+        for key, choices in (("MATCH", ("name", "position")), ("RESUME", ("refuse", "adapt"))):
+            if node[key] not in choices:
+                raise ConfigError(
+                    f"MODEL.HEAD_ADAPT.{key}",
+                    expected=f"{choices[0]!r} or {choices[1]!r}",
+                    found=repr(node[key]),
+                    fix=f"Set MODEL.HEAD_ADAPT.{key} {choices[0]}.",
+                )
         source: dict[str, ClassTable] = {}
         target: dict[str, ClassTable] = {}
         initialise: set[str] = set()
@@ -114,6 +121,10 @@ class AdaptSettings:
             float(node.MIN_COVERAGE),
             bool(node.TRUST_FILE),
             bool(node.VERIFY_FILE),
+            str(node.RESUME),
+            tuple(node.INCLUDE),
+            tuple(node.EXCLUDE),
+            tuple(node.RENAME),
         )
 
     def with_target(self, tables: Mapping[str, ClassTable]) -> AdaptSettings:

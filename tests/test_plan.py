@@ -76,7 +76,7 @@ def test_a_plan_read_back_is_the_same_and_applies_the_same(plan: AdaptPlan) -> N
 
 
 def test_a_plan_of_a_higher_version_is_refused_by_name(plan: AdaptPlan) -> None:
-    with pytest.raises(PlanRefused, match="expected version 1, found version 2. Upgrade"):
+    with pytest.raises(PlanRefused, match=r"expected version 1, found version 2\. Upgrade"):
         AdaptPlan.from_json({**plan.to_json(), "version": 2})
     with pytest.raises(PlanRefused, match="expected the JSON that `d2-headadapt plan --json` writes"):
         AdaptPlan.from_json("{}")

@@ -1,0 +1,55 @@
+# Every command makes the environment first where it is missing; PYTHON, DETECTRON2 and VENV are explained in
+# tools/setup_env.sh.
+PYTHON ?= python3
+DETECTRON2 ?=
+VENV ?= .venv
+ARGS ?=
+
+BIN = $(VENV)/bin
+export PYTHON DETECTRON2
+
+.DEFAULT_GOAL := help
+.PHONY: help env test check format demo demo-real bench soak clean
+
+help:
+	@echo 'make env        make the environment in $(VENV) (the other commands do it too)'
+	@echo 'make demo       the main job on drawn scenes of handwritten digits; results in output/demo/'
+	@echo 'make demo-real  the same on real photographs, from the folder that D2HA_REAL names'
+	@echo 'make test       run the tests; ARGS="-k name" chooses'
+	@echo 'make check      ruff and mypy'
+	@echo 'make format     let ruff rewrite the files'
+	@echo 'make bench      measure speed'
+	@echo 'make soak       long random runs'
+	@echo 'make clean      delete caches and output/ (the environment stays)'
+	@echo 'PYTHON=...      the interpreter to build the environment on; with DETECTRON2=git detectron2 is built from source'
+
+env:
+	@VENV='$(abspath $(VENV))' bash tools/setup_env.sh
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+check: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: env
+	$(BIN)/python tools/demo.py $(ARGS)
+
+demo-real: env
+	$(BIN)/python tools/demo_real.py $(ARGS)
+
+bench: env
+	$(BIN)/python tools/bench.py $(ARGS)
+
+soak: env
+	$(BIN)/python tools/soak.py $(ARGS)
+
+clean:
+	rm -rf output .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

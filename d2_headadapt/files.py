@@ -1,0 +1,253 @@
+"""Reading and writing checkpoints safely: ``.pth``, ``.pyth``, ``.pkl`` and ``.safetensors``.
+
+What a file holds is decided by its content, and by its name only where two formats look alike. Whatever is wrong with
+it becomes one :class:`CheckpointFileError`; nothing in it is run.
+
+Checksums: the zip format of torch has a CRC-32 for each tensor, which :func:`verify_tensors` compares. ``.pkl``,
+``.safetensors`` and torch's format before zip have none: damage inside a number cannot be seen there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import mmap as memory_map
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from . import safetensor_files, torchfile, torchzip
+from .errors import CheckpointFileError
+from .pickle_machine import DAMAGED
+from .saving import existing_output as existing_output
+from .saving import write_checkpoint as write_checkpoint
+from .saving import write_text as write_text
+from .unpickling import SafeUnpickler, trusted
+
+_HEAD = 512
+_OTHER_CONTENT = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"\x1f\x8b": "a gzip archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"BZh": "a bzip2 archive",
+    b"\x7fELF": "a program",
+    b"%PDF": "a PDF document",
+    b"\x89HDF": "an HDF5 file",
+    b"version https://git-lfs": "a git-lfs pointer: the file itself was never fetched (git lfs pull)",
+    b"<!DOCTYPE": "a web page: the download gave an error page",
+    b"<!doctype": "a web page: the download gave an error page",
+    b"<html": "a web page: the download gave an error page",
+}
+
+
+def read_checkpoint(path: str, *, trust: bool = False, verify: bool = True, mmap: bool = True) -> dict[str, Any]:
+    """Return the checkpoint at ``path`` in stock detectron2's form, ``{"model": {name: values}, ...}``.
+
+    A torch file without ``model`` whose values are all tensors is taken as the model. ``__author__`` and
+    ``matching_heuristics`` are set for Caffe2 and pycls files, as stock detectron2 does.
+
+    Args:
+        path: a local file.
+        trust: allow a file that needs full pickle, which may run any code.
+        verify: compare the checksums of all tensors, which reads the whole file. Without it only the index, the
+            headers and the pickle are read and compared; :func:`verify_tensors` does the rest for the tensors that
+            are used.
+        mmap: tensors of a zip or ``.safetensors`` file are views of the file, private to this process; they must not
+            outlive a truncation of that file in place (copy what is kept, as ``load_state_dict`` does).
+
+    Raises:
+        CheckpointFileError: it cannot be read.
+    """
+    head = _head(path)
+    kind = _kind(path, head)
+    try:
+        loaded = _load(path, kind, trust=trust, mapped=mmap)
+    except (OSError, MemoryError) as error:
+        # A failing disk, or no room for a file that is sound.
+        found = f"{type(error).__name__}: {error}" if str(error) else "not enough memory"
+        _refuse(path, found, "Copy it to another disk, or free some memory.", error)
+    checkpoint = _stock_form(path, kind, loaded)
+    _check_model(path, checkpoint["model"])
+    if verify:
+        rest = {key: value for key, value in checkpoint.items() if key != "model"}
+        verify_tensors(path, {**rest, **checkpoint["model"]})
+    return checkpoint
+
+
+def verify_tensors(path: str, tensors: Mapping[str, Any]) -> list[str]:
+    """Compare the checksums of the records that ``tensors`` are views of.
+
+    Call it before anything writes to the tensors: it looks at their memory, which is what will be used.
+
+    Args:
+        path: where :func:`read_checkpoint` took them from, for the message.
+        tensors: name -> tensor; a nested dict, list or tuple (an optimizer's state) counts with all that is inside.
+
+    Returns:
+        The names whose values have no checksum: another format, a file written without checksums, or a copy.
+
+    Raises:
+        CheckpointFileError: values were damaged; names the tensors.
+    """
+    return torchfile.verify(path, named_tensors(tensors))
+
+
+def named_tensors(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor in nested dicts, lists and tuples, under its keys joined with ``/``."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()  # a pickle may hold a list inside itself
+    waiting: list[tuple[str, Any]] = [("", tree)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            children = [(f"{name}/{key}" if name else str(key), part) for key, part in items]
+            waiting.extend(reversed(children))
+    return found
+
+
+def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, without touching a value."""
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def _head(path: str) -> bytes:
+    """The first bytes of a regular, readable, non-empty file."""
+    if not os.path.lexists(path):
+        folder = os.path.dirname(path) or "."
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), names, n=3)
+        fix = f"The folder has {', '.join(near)}." if near else "Look at the path."
+        if names == []:
+            fix = f"The folder {folder!r} is empty or not there; look at the path."
+        _refuse(path, "nothing there", fix)
+    if os.path.isdir(path):
+        _refuse(path, "a folder", "Name the file inside it, such as model_final.pth.")
+    if not os.path.isfile(path):
+        _refuse(path, "a broken link or a device", "Name the file itself.")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        _refuse(path, f"a file that cannot be opened ({error.strerror})", "Look at its access rights.", error)
+    if not head:
+        _refuse(path, "an empty file", "Saving or downloading it failed; get it again.")
+    return head
+
+
+def _kind(path: str, head: bytes) -> str:
+    """``safetensors``, ``zip``, ``legacy`` or ``pickle``."""
+    for start, content in _OTHER_CONTENT.items():
+        if head.startswith(start):
+            _refuse(path, content, "Name a .pth, .pkl or .safetensors file of weights.")
+    if head.startswith(torchzip.SIGNATURE):
+        return "zip"
+    if head.startswith(torchfile.LEGACY_MAGIC):
+        return "legacy"
+    header = int.from_bytes(head[:8], "little")
+    if path.endswith(".safetensors") or (head[8:9] == b"{" and header < os.path.getsize(path)):
+        return "safetensors"
+    # Protocol 2 and later begin with 0x80; the older ones look like text, and only the name tells.
+    if head[0] == 0x80 or (path.endswith(".pkl") and head[:1] in (b"(", b"c", b"}", b"]")):
+        return "pickle"
+    if re.fullmatch(rb"[\t\r\n -~\x80-\xff]+", head) and b"\x00" not in head:
+        _refuse(path, f"text that begins {head[:40].decode('utf-8', 'replace')!r}", "Name a file of weights.")
+    _refuse(path, f"bytes of no known format ({head[:8].hex(' ')})", DAMAGED)
+
+
+def _load(path: str, kind: str, *, trust: bool, mapped: bool) -> Any:
+    if kind == "safetensors":
+        return safetensor_files.read(path, mapped=mapped)
+    if kind == "zip":
+        return torchfile.load_zip(path, trust=trust, mapped=mapped)
+    if kind == "legacy":
+        return torchfile.load_legacy(path, trust=trust)
+    with open(path, "rb") as file:
+        if trust:
+            return trusted(path, io.BytesIO(file.read()), encoding="latin1")
+        with memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ) as data:
+            return SafeUnpickler(data, where=path, encoding="latin1").load()
+
+
+def _stock_form(path: str, kind: str, loaded: Any) -> dict[str, Any]:
+    if not isinstance(loaded, dict):
+        found = f"one tensor of shape {tuple(loaded.shape)}" if isinstance(loaded, torch.Tensor) else _name_of(loaded)
+        _refuse(path, found, "Save a dict: torch.save({'model': model.state_dict()}, FILE).")
+    for key in loaded:
+        if not isinstance(key, str):
+            _refuse(path, f"the key {_short(key)} where text belongs", "Save names as keys.")
+    if kind == "zip" or kind == "legacy":
+        return _torch_form(path, loaded)
+    if "model" in loaded:
+        return dict(loaded)
+    # What Detectron 1 wrote: the weights under "blobs", or nothing but weights.
+    blobs = loaded.get("blobs", loaded)
+    if not isinstance(blobs, dict):
+        _refuse(path, f"{_name_of(blobs)} under 'blobs'", "Name a file of weights.")
+    model = {name: value for name, value in blobs.items() if not str(name).endswith("_momentum")}
+    return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _torch_form(path: str, loaded: dict[str, Any]) -> dict[str, Any]:
+    if path.endswith(".pyth"):
+        state = loaded.get("model_state")
+        if not isinstance(state, dict):
+            _refuse(path, f"keys {_listed(loaded)} without 'model_state'", "A .pyth file is one that pycls wrote.")
+        model = {name: value for name, value in state.items() if not str(name).endswith("num_batches_tracked")}
+        return {"model": model, "__author__": "pycls", "matching_heuristics": True}
+    if "model" in loaded:
+        return dict(loaded)
+    if loaded and all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        return {"model": loaded}
+    inner = [key for key, value in loaded.items() if isinstance(value, dict) and "." in "".join(map(str, value))]
+    fix = "Save a dict: torch.save({'model': model.state_dict()}, FILE)."
+    if inner:
+        fix = f"If the weights are under {inner[0]!r}, save them as detectron2 does: {{'model': loaded[{inner[0]!r}]}}."
+    _refuse(path, f"keys {_listed(loaded)} without 'model'", fix)
+
+
+def _check_model(path: str, model: Any) -> None:
+    """Check names and values; numpy numbers and foreign byte orders become plain arrays in place."""
+    if not isinstance(model, dict):
+        fix = "Save model.state_dict() under 'model', not the model itself."
+        _refuse(path, f"{_name_of(model)} under 'model'", fix)
+    if not model:
+        _refuse(path, "a model without one tensor", "Save model.state_dict() under 'model'.")
+    for name, value in model.items():
+        if not isinstance(name, str):
+            _refuse(path, f"the key {_short(name)} in 'model' where text belongs", "Save names as keys.")
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+                _refuse(path, f"a sparse, quantised or empty-handed tensor {_short(name)}", "Save dense tensors.")
+        elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+            model[name] = np.asarray(value, value.dtype.newbyteorder("="))
+        else:
+            _refuse(path, f"{_name_of(value)} under {_short(name)} in 'model'", "Save tensors only under 'model'.")
+
+
+def _name_of(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, bytes)) else _name_of(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _listed(values: dict[str, Any]) -> str:
+    names = ", ".join(_short(key) for key in list(values)[:6])
+    return f"{names}, ..." if len(values) > 6 else names or "(none)"
+
+
+def _refuse(path: str, found: str, fix: str, cause: BaseException | None = None) -> NoReturn:
+    raise CheckpointFileError(path, expected="a checkpoint", found=found, fix=fix) from cause

@@ -1,0 +1,192 @@
+"""Writing files so that a reader finds the old one or the new one, and never half of either.
+
+A file is written under ``.NAME.HOST.PID.tmp`` beside its target, flushed to the disk, and renamed. What a killed
+process leaves under such a name is never taken for a checkpoint, and the next write to that folder removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import safetensor_files
+from .errors import CheckpointFileError
+
+EXTENSIONS = (".pth", ".safetensors")
+
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
+_LEFTOVER = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d+)\.tmp")
+_FOREIGN_AGE = 24 * 3600.0
+"""Seconds after which a leftover of another machine, whose processes cannot be asked, counts as stale."""
+
+_SAVE_ERRORS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError)
+_in_progress: set[str] = set()
+
+
+def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Write ``checkpoint`` to ``path`` as its extension says, whole or not at all.
+
+    Args:
+        path: a local path that ends in ``.pth`` or ``.safetensors``.
+        checkpoint: stock detectron2's form; ``model`` may hold numpy arrays.
+
+    Returns:
+        The top-level keys that were left out: a ``.safetensors`` file holds ``model`` and ``d2_headadapt`` only.
+
+    Raises:
+        CheckpointFileError: it cannot be written; the file that was there before is unchanged.
+    """
+    model = {name: _as_tensor(path, name, value) for name, value in checkpoint["model"].items()}
+    if path.endswith(".safetensors"):
+        provenance = checkpoint.get("d2_headadapt")
+        _replace(path, lambda temporary: safetensor_files.write(temporary, model, provenance))
+        return [key for key in checkpoint if key not in ("model", "d2_headadapt")]
+    # The model's own dict carries module versions (_metadata), which load_state_dict uses.
+    same = all(model[name] is value for name, value in checkpoint["model"].items())
+    content = {**checkpoint, "model": checkpoint["model"] if same else model}
+
+    def write(temporary: str) -> None:
+        # An open file, not a path: torch names the archive's root after the path.
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+
+    _replace(path, write)
+    return []
+
+
+def write_text(path: str, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+
+    _replace(path, write)
+
+
+def existing_output(path: str, *, force: bool, inputs: Sequence[str]) -> None:
+    """Refuse an output that would overwrite something, or that nothing could read.
+
+    Args:
+        path: what would be written.
+        force: an existing file may be replaced.
+        inputs: files that are being read; the output may be none of them, whatever ``force`` says.
+
+    Raises:
+        CheckpointFileError: with what to type instead.
+    """
+    folder = os.path.dirname(path) or "."
+    if not path.endswith(EXTENSIONS):
+        _refuse(path, f"a file name that ends in {' or '.join(EXTENSIONS)}", "another ending", "Rename the output.")
+    if not os.path.isdir(folder):
+        _refuse(path, "an existing output folder", f"no folder {folder!r}", f"Make it first: mkdir -p {folder}")
+    if os.path.isdir(path):
+        _refuse(path, "a file name", "a folder", "Name a file inside it.")
+    for name in inputs:
+        if os.path.realpath(name) == os.path.realpath(path) or _same_file(name, path):
+            _refuse(path, "an output that is not the input", f"the same file as {name}", "Name another output.")
+    if os.path.lexists(path) and not force:
+        _refuse(path, "an output that does not exist yet", "a file", "Name another output, or add --force.")
+
+
+def _same_file(one: str, other: str) -> bool:
+    # Two hard links have different paths and are still one file.
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _refuse(where: str, expected: str, found: str, fix: str) -> None:
+    raise CheckpointFileError(where, expected=expected, found=found, fix=fix)
+
+
+def _as_tensor(path: str, name: Any, value: Any) -> torch.Tensor:
+    if isinstance(name, str) and isinstance(value, torch.Tensor):
+        return value
+    if isinstance(name, str) and isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.ascontiguousarray(value).astype(value.dtype.newbyteorder("=")))
+    raise CheckpointFileError(
+        path,
+        expected="a model of names and tensors",
+        found=f"{type(value).__name__} under {str(name)[:80]!r}",
+        fix="Save a state dict: model.state_dict().",
+    )
+
+
+def _replace(path: str, write: Callable[[str], None]) -> None:
+    # Through a link: the file it points to is what the user means to replace.
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f".{name}.{_HOST}.{os.getpid()}.tmp")
+    try:
+        _remove_leftovers(folder)
+        _in_progress.add(temporary)
+        write(temporary)
+        if os.path.exists(target):
+            shutil.copymode(target, temporary)
+        _sync(temporary)
+        os.replace(temporary, target)
+        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+            _sync(folder)
+    except _SAVE_ERRORS as error:
+        raise CheckpointFileError(
+            path,
+            expected="a file that can be written",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}",
+            fix=_fix(folder, error),
+        ) from error
+    finally:
+        _in_progress.discard(temporary)
+        with contextlib.suppress(OSError):  # gone after a success
+            os.unlink(temporary)
+
+
+def _fix(folder: str, error: BaseException) -> str:
+    if not os.path.isdir(folder):
+        return f"Make the folder first: mkdir -p {folder}"
+    if not isinstance(error, OSError) and "failed writing" not in str(error) and "fail at" not in str(error):
+        return "Nothing was changed. Save tensors, numbers, text, lists and dicts only."
+    free = shutil.disk_usage(folder).free
+    return f"Nothing was changed. Look at the folder's rights and space ({free / 2**20:,.0f} MiB free)."
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: str) -> None:
+    for name in os.listdir(folder):
+        match = _LEFTOVER.fullmatch(name)
+        path = os.path.join(folder, name)
+        if match and path not in _in_progress and _is_stale(path, match["host"], int(match["pid"])):
+            with contextlib.suppress(OSError):  # another process may have been quicker
+                os.unlink(path)
+
+
+def _is_stale(path: str, host: str, pid: int) -> bool:
+    if host != _HOST:
+        with contextlib.suppress(OSError):
+            return time.time() - os.path.getmtime(path) > _FOREIGN_AGE
+        return False
+    # Our own number without a write in progress: in a container every training has the same one.
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False

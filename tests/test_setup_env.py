@@ -1,0 +1,224 @@
+"""The set-up script stops early, in one line, and never marks half an environment as complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "setup_env.sh"
+BASE_PYTHON = getattr(sys, "_base_executable", sys.executable)
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of what the script reads, without an environment."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "d2_headadapt").mkdir()
+    for name in ("tools/setup_env.sh", "setup.py", "pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def interpreter(folder: Path, prelude: str) -> Path:
+    """A stand-in for ``PYTHON``: the real interpreter, except that ``prelude`` runs before each ``-c`` program.
+
+    Its own packages stay invisible (``-S``), so that it is a plain Python whatever the tests run on.
+    """
+    shim = folder / "python-shim"
+    shim.write_text(
+        "#!/usr/bin/env bash\n"
+        "args=()\n"
+        'while [ $# -gt 0 ] && [ "$1" != -c ]; do args+=("$1"); shift; done\n'
+        f'if [ $# -gt 0 ]; then program=$2; shift 2; args+=(-S -c "{prelude}\n$program" "$@"); fi\n'
+        f'exec {BASE_PYTHON} "${{args[@]}}"\n'
+    )
+    shim.chmod(0o755)
+    return shim
+
+
+def as_version(*version: int) -> str:
+    return f"import sys; sys.version_info = ({', '.join(map(str, version))}, 0, 'final', 0)"
+
+
+SUPPORTED = as_version(3, 11)
+
+
+def setup_env(project: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHON", "VENV", "DETECTRON2", "PYTHONPATH", "D2HA_NEED_MB")
+    }
+    return subprocess.run(
+        ["bash", str(project / "tools" / "setup_env.sh"), *args],
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], message: str) -> None:
+    assert result.returncode != 0
+    lines = (result.stdout + result.stderr).splitlines()
+    assert len(lines) == 1, lines
+    assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize("version", [(3, 9), (3, 10), (3, 13)])
+def test_another_python_version_stops_in_one_line(project: Path, version: tuple[int, int]) -> None:
+    shim = interpreter(project, as_version(*version))
+    assert_refused(setup_env(project, PYTHON=str(shim)), rf"is Python 3\.{version[1]}; .* for 3\.11 and 3\.12")
+    assert not (project / ".venv").exists()
+
+
+def test_python_without_ensurepip_stops_in_one_line(project: Path) -> None:
+    shim = interpreter(project, SUPPORTED + "; sys.modules['ensurepip'] = None")
+    assert_refused(setup_env(project, PYTHON=str(shim)), r"lacks venv or ensurepip \(on Debian: .*python3\.11-venv\)")
+
+
+def test_no_such_interpreter_stops_in_one_line(project: Path) -> None:
+    assert_refused(setup_env(project, PYTHON="no-such-python"), "no interpreter 'no-such-python'")
+
+
+def test_what_is_no_python_stops_in_one_line(project: Path) -> None:
+    assert_refused(setup_env(project, PYTHON="false"), "'false' does not run as a Python 3")
+
+
+def test_too_little_disk_stops_in_one_line(project: Path) -> None:
+    shim = interpreter(project, SUPPORTED)
+    assert_refused(
+        setup_env(project, PYTHON=str(shim), D2HA_NEED_MB="999999999"),
+        r"too little disk for .*: 999999999 MB needed .*, \d+ MB free",
+    )
+    assert not (project / ".venv").exists()
+
+
+def test_disk_is_what_df_says_of_the_target(project: Path) -> None:
+    fake = project / "bin"
+    fake.mkdir()
+    (fake / "df").write_text("#!/bin/sh\necho Filesystem Size Used Available\necho none 9 9 2048000\n")
+    (fake / "df").chmod(0o755)
+    shim = interpreter(project, SUPPORTED)
+    result = setup_env(project, PYTHON=str(shim), PATH=f"{fake}{os.pathsep}{os.environ['PATH']}")
+    assert_refused(result, r"too little disk .*, 2000 MB free")
+
+
+def test_a_wrong_setting_stops_in_one_line(project: Path) -> None:
+    assert_refused(setup_env(project, DETECTRON2="conda"), "DETECTRON2 is 'conda'; expected wheel or git")
+
+
+def test_a_wrong_argument_stops_in_one_line(project: Path) -> None:
+    assert_refused(setup_env(project, "--now"), "unknown argument '--now'")
+
+
+def test_unreachable_upstream_stops_in_one_line(project: Path) -> None:
+    shim = interpreter(project, SUPPORTED)
+    result = setup_env(
+        project, PYTHON=str(shim), DETECTRON2="git", DETECTRON2_REPO=f"file://{project}/nothing", CXX="true"
+    )
+    assert_refused(result, r"nothing cannot be reached from here; DETECTRON2=wheel needs PyPI only")
+
+
+def test_a_foreign_environment_is_left_alone(project: Path) -> None:
+    (project / ".venv").mkdir()
+    (project / ".venv" / "mine").touch()
+    shim = interpreter(project, SUPPORTED)
+    assert_refused(setup_env(project, PYTHON=str(shim)), "was not made by this script")
+    assert (project / ".venv" / "mine").exists()
+
+
+def test_dry_run_says_download_and_disk_and_changes_nothing(project: Path) -> None:
+    shim = interpreter(project, SUPPORTED)
+    before = sorted(project.rglob("*"))
+    result = setup_env(project, "--dry-run", PYTHON=str(shim), D2HA_NEED_MB="1")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"download at most \d+ MB, disk at most \d+ MB", result.stdout)
+    assert sorted(project.rglob("*")) == before
+
+
+def test_a_wheel_with_another_sum_stops_and_leaves_no_stamp(project: Path) -> None:
+    wheels = project / "wheels"
+    wheels.mkdir()
+    info = "sal_detectron2-0.7.2.dist-info"
+    with zipfile.ZipFile(wheels / "sal_detectron2-0.7.2-cp310-none-any.whl", "w") as wheel:
+        wheel.writestr("detectron2/__init__.py", "raise SystemExit('not the checked file')\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: sal-detectron2\nVersion: 0.7.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: cp310-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    shim = interpreter(project, SUPPORTED)
+    result = setup_env(
+        project,
+        PYTHON=str(shim),
+        D2HA_NEED_MB="1",
+        PIP_CONFIG_FILE=os.devnull,
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(wheels),
+        PIP_NO_CACHE_DIR="1",
+    )
+    assert result.returncode != 0
+    assert "DO NOT MATCH THE HASHES" in result.stderr
+    assert "failed at: installing detectron2 from sal-detectron2==0.7.2" in result.stderr
+    assert not (project / ".venv" / ".d2ha-complete").exists()
+    assert not list((project / ".venv").rglob("detectron2"))
+
+
+def test_a_complete_environment_is_used_as_it_is(project: Path) -> None:
+    """The stamp speaks for this script, this folder and this setup.py; a change of either is noticed."""
+    venv = project / ".venv"
+    venv.mkdir()
+    (venv / ".d2ha").touch()
+
+    def digest(*names: str) -> str:
+        data = b"".join((project / name).read_bytes() for name in names)
+        return subprocess.run(["cksum"], input=data, capture_output=True).stdout.decode().strip().replace(" ", "-")
+
+    (venv / ".d2ha-complete").write_text(
+        f"script {digest('tools/setup_env.sh')} at {project}\n"
+        f"package {digest('setup.py', 'pyproject.toml')}\n"
+        "detectron2 wheel\n"
+    )
+    result = setup_env(project, PYTHON="no-such-python")
+    assert (result.returncode, result.stdout) == (0, f"setup_env: {venv} is ready\n")
+
+    with SCRIPT.open() as script:
+        (project / "tools" / "setup_env.sh").write_text(script.read() + "# changed\n")
+    assert_refused(setup_env(project, PYTHON="no-such-python"), "no interpreter")
+
+
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("test", "python -m pytest"),
+        ("check", "mypy"),
+        ("demo", "python tools/demo.py"),
+        ("demo-real", "python tools/demo_real.py"),
+        ("bench", "python tools/bench.py"),
+        ("soak", "python tools/soak.py"),
+    ],
+)
+def test_every_command_makes_the_environment_first(project: Path, target: str, command: str) -> None:
+    shown = subprocess.run(["make", "-n", target], cwd=project, capture_output=True, text=True, check=True).stdout
+    assert shown.index("tools/setup_env.sh") < shown.index(f".venv/bin/{command}")
+
+
+def test_every_requirement_of_setup_py_is_pinned() -> None:
+    script = SCRIPT.read_text()
+    pins = script[script.index("<<'PINS'") : script.index("\nPINS\n")]
+    pinned = {line.partition("==")[0] for line in pins.splitlines()[1:]}
+    wanted = re.search(r'^PACKAGES="([^"]*)"', script, re.MULTILINE)
+    assert wanted is not None
+    named = set(wanted[1].split())
+    arguments = (ROOT / "setup.py").read_text()
+    lists = arguments[arguments.index("install_requires=") : arguments.index("entry_points=")]
+    # Keys of extras_require end in a colon, so they do not match.
+    required = {name.lower() for name in re.findall(r'"([\w.-]+)"(?!:)', lists)}
+    assert {"torch", "pycocotools", "safetensors", "pytest"} <= required <= named <= pinned
