@@ -68,6 +68,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self._origin = ""
         self._resuming = False
         self._own_file = False
+        self._agreed = False
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint, class by class.
@@ -91,12 +92,17 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             check_exists(path)
         self._origin = path
         self._resumes = set(self.checkpointables if checkpointables is None else checkpointables)
+        self._agreed = False
         self._own_file = bool(self.save_dir) and self.has_checkpoint() and path == self.get_checkpoint_file()
         try:
             with readable_everywhere(file, not local or os.path.isfile(file)) as readable, self._as_it_was():
                 return dict(super().load(f"{readable}?{query}" if query else readable, checkpointables))
+        except HeadAdaptError as exc:
+            self._agree(exc)
+            raise
         except (OSError, AssertionError) as exc:
-            raise not_fetched(path, exc) from exc
+            self._agree(not_fetched(path, exc))
+            raise
         finally:
             # Stock resets this only after a load that worked, and asserts on it in the next one.
             self._parsed_url_during_load = None
@@ -133,7 +139,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             state, plan, known = self._prepare(checkpoint, path)
         except HeadAdaptError as exc:
             error = exc
-        agree(error, self._origin)
+        self._agree(error)
         self.model.load_state_dict(state)
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._origin)
@@ -143,6 +149,12 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             unexpected_keys=[t.name for t in plan.by_action("dropped")],
             incorrect_shapes=[],
         )
+
+    def _agree(self, error: HeadAdaptError | None) -> None:
+        """Once per load, whatever it meets: a rank that does not ask would leave the others waiting."""
+        if not self._agreed:
+            self._agreed = True
+            agree(error, self._origin)
 
     def _prepare(
         self, checkpoint: dict[str, Any], path: str

@@ -17,6 +17,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_setup
 from detectron2.engine import default_argument_parser as stock_argument_parser
 from detectron2.engine import launch as stock_launch
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -29,15 +30,20 @@ from detectron2.evaluation import (
     SemSegEvaluator,
     verify_results,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import load_config, registered_names, resolve_config
 from .errors import DatasetError, PlanRefused
-from .settings import AdaptSettings, attach_settings
+from .files import write_text
+from .report import plan_json, plan_table
+from .selecting import freeze
+from .settings import AdaptSettings, attach_settings, with_keys
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +100,9 @@ class Trainer(DefaultTrainer):
         with registered_names():
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg))
+        frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)
+        if frozen:
+            logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))
         return model
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -101,6 +110,44 @@ class Trainer(DefaultTrainer):
         self.checkpointer = HeadAdaptCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks: list[HookBase | None] = super().build_hooks()
         return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load ``last_checkpoint`` where ``resume`` and there is one, else ``MODEL.WEIGHTS``, and say what is left.
+
+        Args:
+            resume: go on with the run of ``OUTPUT_DIR``, its iteration, optimizer and scheduler.
+        """
+        weights, last = self.cfg.MODEL.WEIGHTS, self.checkpointer.get_checkpoint_file() if resume else ""
+        if last and weights and weights != last:
+            logger.info(
+                "Going on from %s, the last checkpoint of OUTPUT_DIR; MODEL.WEIGHTS %s is not read.", last, weights
+            )
+        super().resume_or_load(resume)
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                "Nothing is left to train: %d of SOLVER.MAX_ITER %d iterations are done. Set SOLVER.MAX_ITER higher.",
+                self.start_iter,
+                self.max_iter,
+            )
+
+    def before_train(self) -> None:
+        super().before_train()
+        plan = self.checkpointer.plan
+        if plan is not None and comm.is_main_process():
+            # What happened to the weights belongs to the run's record, where people look at its curves.
+            write_text(os.path.join(self.cfg.OUTPUT_DIR, "head_adapt_plan.json"), plan_json(plan))
+            self.storage.put_scalar("head_adapt/coverage", plan.coverage, smoothing_hint=False)
+            with SummaryWriter(self.cfg.OUTPUT_DIR) as writer:
+                writer.add_text("head_adapt/plan", f"```\n{plan_table(plan)}\n```", self.start_iter)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with test-time augmentation, as ``TEST.AUG`` says; results get the suffix ``_TTA``."""
+        logger.info("Running inference with test-time augmentation ...")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -186,11 +233,15 @@ def main(args: argparse.Namespace) -> Any:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         refuse_new_rows(checkpointer, cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
         results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_TTA(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        trainer.register_hooks([EvalHook(0, lambda: Trainer.test_with_TTA(cfg, trainer.model))])
     return trainer.train()
 
 
