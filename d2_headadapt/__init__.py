@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util as _util
 
-if _util.find_spec("detectron2") is None:
+# A folder of that name, such as a clone in the working directory, is found too, but has no origin.
+if getattr(_util.find_spec("detectron2"), "origin", None) is None:
     raise ImportError(
         "d2_headadapt needs detectron2, which is not on PyPI under that name: "
         "see https://detectron2.readthedocs.io/tutorials/install.html, or run tools/setup_env.sh of this project."

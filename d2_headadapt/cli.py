@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_common(command)
     command.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - for standard output")
+    command.add_argument("--html", metavar="FILE", help="also write it as one page with the class map as a picture")
     command.add_argument("--all", action="store_true", help="list every tensor, not only those of heads")
     command.set_defaults(run=plan)
 

@@ -18,6 +18,7 @@ from .files import existing_output, write_checkpoint, write_text
 from .loading import check_exists, plan_file, refuse_plan
 from .provenance import KEY
 from .report import plan_json, plan_table, summary_line
+from .report_html import plan_html
 from .settings import AdaptSettings, attach_settings
 
 
@@ -33,6 +34,9 @@ def plan(args: argparse.Namespace) -> int:
         print(text)
     if args.json and args.json != "-":
         write_text(args.json, plan_json(made))
+    if args.html:
+        notes = [f"Checkpoint: {path}", f"Config: {args.config_file or 'the defaults of detectron2'}"]
+        write_text(args.html, plan_html(made, notes=notes))
     refuse_plan(made, settings.min_coverage, path)
     return 0
 

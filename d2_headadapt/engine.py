@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import detectron2.engine.defaults
@@ -34,14 +36,15 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import load_config, registered_names, resolve_config
-from .errors import DatasetError, PlanRefused
+from .errors import DatasetError, HeadAdaptError, PlanRefused
 from .files import write_text
-from .report import plan_json, plan_table
+from .report import plan_json, plan_markdown
 from .selecting import freeze
 from .settings import AdaptSettings, attach_settings, with_keys
 
@@ -138,7 +141,7 @@ class Trainer(DefaultTrainer):
             write_text(os.path.join(self.cfg.OUTPUT_DIR, "head_adapt_plan.json"), plan_json(plan))
             self.storage.put_scalar("head_adapt/coverage", plan.coverage, smoothing_hint=False)
             with SummaryWriter(self.cfg.OUTPUT_DIR) as writer:
-                writer.add_text("head_adapt/plan", f"```\n{plan_table(plan)}\n```", self.start_iter)
+                writer.add_text("head_adapt/plan", plan_markdown(plan), self.start_iter)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -243,6 +246,33 @@ def main(args: argparse.Namespace) -> Any:
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([EvalHook(0, lambda: Trainer.test_with_TTA(cfg, trainer.model))])
     return trainer.train()
+
+
+def command(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:
+    """:func:`launch`, with a user's mistake as one line on standard error and its exit code.
+
+    Returns:
+        The exit code: 0, or that of the error, also where it was met in a process that this one started.
+    """
+    try:
+        launch(partial(_said, run), args)
+    except HeadAdaptError as error:
+        return error.exit_code
+    except ProcessExitedException as exc:
+        return exc.exit_code
+    return 0
+
+
+def _said(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    try:
+        run(args)
+    except HeadAdaptError as error:
+        several = comm.get_world_size() > 1
+        print(f"{f'rank {comm.get_rank()}: ' if several else ''}error: {error}", file=sys.stderr, flush=True)
+        if several:
+            # A traceback from every process would bury the line.
+            sys.exit(error.exit_code)
+        raise
 
 
 def launch(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:

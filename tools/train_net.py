@@ -3,13 +3,7 @@
 
 import sys
 
-from d2_headadapt.engine import default_argument_parser, launch, main
-from d2_headadapt.errors import HeadAdaptError
+from d2_headadapt.engine import command, default_argument_parser, main
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:
-        launch(main, args)
-    except HeadAdaptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    sys.exit(command(main, default_argument_parser().parse_args()))
