@@ -52,6 +52,8 @@ def set_array_state(array: np.ndarray[Any, Any], state: Any) -> None:
     if not isinstance(state, tuple) or len(state) not in (4, 5):
         raise ValueError("a numpy array whose state is not (shape, dtype, order, bytes)")
     shape, dtype, fortran, raw = state[-4:]
+    if not isinstance(fortran, int):
+        raise TypeError("a numpy array whose order is no truth value")
     data = _bytes(raw)
     _check_fit(shape, dtype, data)
     set_state(array, (1, shape, dtype, bool(fortran), data))
@@ -61,9 +63,10 @@ def make_from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.ndar
     """``numpy.core.numeric._frombuffer``: what pickle protocol 5 writes."""
     data = _bytes(buffer)
     _check_fit(shape, dtype, data)
-    if order not in ("C", "F"):
+    if not isinstance(order, str) or order not in ("C", "F"):
         raise ValueError("a numpy array that is neither C nor Fortran ordered")
-    return np.frombuffer(data, dtype).reshape(shape, order=order).copy(order="K")
+    array: np.ndarray[Any, Any] = np.frombuffer(data, dtype)
+    return array.reshape(shape, order="F" if order == "F" else "C").copy(order="K")
 
 
 def make_scalar(dtype: Any, raw: Any = b"") -> Any:

@@ -1,12 +1,13 @@
 """Writing files so that a reader finds the old one or the new one, and never half of either.
 
-A file is written under ``.NAME.HOST.PID.tmp`` beside its target, flushed to the disk, and renamed. What a killed
+A file is written under ``.NAME.HOST.PID-N.tmp`` beside its target, flushed to the disk, and renamed. What a killed
 process leaves under such a name is never taken for a checkpoint, and the next write to that folder removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
 import platform
@@ -14,7 +15,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,12 +26,13 @@ from .errors import CheckpointFileError
 EXTENSIONS = (".pth", ".safetensors")
 
 _HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
-_LEFTOVER = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d+)\.tmp")
+_LEFTOVER = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d+)-\d+\.tmp")
 _FOREIGN_AGE = 24 * 3600.0
 """Seconds after which a leftover of another machine, whose processes cannot be asked, counts as stale."""
 
 _SAVE_ERRORS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError)
 _in_progress: set[str] = set()
+_numbers = itertools.count()  # two threads may save to one name
 
 
 def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
@@ -46,14 +48,20 @@ def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
     Raises:
         CheckpointFileError: it cannot be written; the file that was there before is unchanged.
     """
-    model = {name: _as_tensor(path, name, value) for name, value in checkpoint["model"].items()}
+    model = checkpoint.get("model")
+    if not isinstance(model, Mapping):
+        _refuse(path, "a checkpoint with 'model'", type(model).__name__, "Save {'model': model.state_dict()}.")
+    if any(isinstance(value, np.ndarray) for value in model.values()):
+        model = {name: _as_tensor(value) for name, value in model.items()}
     if path.endswith(".safetensors"):
+        for name, value in model.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                found = f"{type(value).__name__} under {str(name)[:80]!r}"
+                _refuse(path, "names and tensors in 'model'", found, "Save it as .pth.")
         provenance = checkpoint.get("d2_headadapt")
         _replace(path, lambda temporary: safetensor_files.write(temporary, model, provenance))
         return [key for key in checkpoint if key not in ("model", "d2_headadapt")]
-    # The model's own dict carries module versions (_metadata), which load_state_dict uses.
-    same = all(model[name] is value for name, value in checkpoint["model"].items())
-    content = {**checkpoint, "model": checkpoint["model"] if same else model}
+    content = {**checkpoint, "model": model}
 
     def write(temporary: str) -> None:
         # An open file, not a path: torch names the archive's root after the path.
@@ -104,28 +112,21 @@ def _same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
-def _refuse(where: str, expected: str, found: str, fix: str) -> None:
+def _refuse(where: str, expected: str, found: str, fix: str) -> NoReturn:
     raise CheckpointFileError(where, expected=expected, found=found, fix=fix)
 
 
-def _as_tensor(path: str, name: Any, value: Any) -> torch.Tensor:
-    if isinstance(name, str) and isinstance(value, torch.Tensor):
-        return value
-    if isinstance(name, str) and isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return torch.from_numpy(np.ascontiguousarray(value).astype(value.dtype.newbyteorder("=")))
-    raise CheckpointFileError(
-        path,
-        expected="a model of names and tensors",
-        found=f"{type(value).__name__} under {str(name)[:80]!r}",
-        fix="Save a state dict: model.state_dict().",
-    )
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
+    return value
 
 
 def _replace(path: str, write: Callable[[str], None]) -> None:
     # Through a link: the file it points to is what the user means to replace.
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name}.{_HOST}.{os.getpid()}.tmp")
+    temporary = os.path.join(folder, f".{name}.{_HOST}.{os.getpid()}-{next(_numbers)}.tmp")
     try:
         _remove_leftovers(folder)
         _in_progress.add(temporary)

@@ -83,8 +83,8 @@ def torch_globals(limit: int) -> dict[str, Any]:
     known["torch.storage.UntypedStorage"] = known["torch.UntypedStorage"] = StorageType(torch.uint8)
     known.update({str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)})
     known.update({f"torch.storage.{name}": StorageType(dtype) for name, dtype in _STORAGES.items()})
-    known["torch.Size"] = Builder(lambda sizes=(): torch.Size(sizes))
-    known["torch.device"] = Builder(torch.device)
+    known["torch.Size"] = Builder(_size)
+    known["torch.device"] = Builder(_device)
     known["torch.Tensor"] = known["torch._tensor.Tensor"] = torch.Tensor
     known["torch.nn.parameter.Parameter"] = torch.nn.Parameter
     known["torch._utils._rebuild_tensor"] = known["torch._utils._rebuild_tensor_v2"] = Builder(rebuild)
@@ -95,11 +95,23 @@ def torch_globals(limit: int) -> dict[str, Any]:
     return known
 
 
+def _size(sizes: Any = ()) -> torch.Size:
+    if not isinstance(sizes, (tuple, list)) or not all(map(_is_size, sizes)):
+        raise ValueError("a torch.Size of no sizes")
+    return torch.Size(sizes)
+
+
+def _device(kind: Any, index: Any = None) -> torch.device:
+    if not isinstance(kind, str) or not (index is None or _is_size(index)):
+        raise ValueError("a torch.device without a name")
+    return torch.device(kind) if index is None else torch.device(kind, index)
+
+
 def _tensor(
     view: StorageView, dtype: torch.dtype, offset: Any, size: Any, stride: Any, metadata: Any, limit: int
 ) -> torch.Tensor:
     """A view of a storage, after a check that every element lies inside it."""
-    if metadata:
+    if metadata is not None and not (isinstance(metadata, dict) and not metadata):
         raise ValueError("a lazily conjugated or negated tensor")
     if not isinstance(size, tuple) or not isinstance(stride, tuple) or len(size) != len(stride) or len(size) > 32:
         raise ValueError("a tensor whose shape and strides do not agree")
@@ -120,9 +132,11 @@ def _tensor(
 
 def persistent_loader(storage: Callable[[str, torch.dtype, int], StorageView]) -> Callable[[Any], Any]:
     def load(key: Any) -> StorageView:
-        if not isinstance(key, tuple) or len(key) not in (5, 6) or key[0] not in ("storage", b"storage"):
+        if not isinstance(key, tuple) or len(key) not in (5, 6):
             raise ValueError("a reference that is no storage")
-        _, kind, name, _, count, *view = key
+        word, kind, name, _, count, *view = key
+        if not isinstance(word, (str, bytes)) or word not in ("storage", b"storage"):
+            raise ValueError("a reference that is no storage")
         if isinstance(kind, StorageType) and isinstance(name, str) and _is_size(count):
             whole = storage(name, kind.dtype, count)
             if whole.dtype != kind.dtype or whole.count != count:

@@ -2,7 +2,7 @@
 
 The pickle inside is read by :class:`d2_headadapt.unpickling.SafeUnpickler`. ``torch.load(weights_only=True)`` would be
 the obvious choice. It does not tell which record a tensor came from, which the checksums need; a file of one kilobyte
-makes it allocate a terabyte (``bytearray(10**12)``) or crash (a tuple nested a million deep as a key, measured with
+makes it allocate a terabyte (``bytearray(10**12)``) or crash (a tuple nested 200,000 deep as a key, measured with
 torch 2.15); and it refuses the numpy numbers that many training loops leave in their checkpoints.
 """
 
@@ -21,14 +21,14 @@ import torch
 from .errors import CheckpointFileError
 from .pickle_machine import DAMAGED, Source
 from .torch_tensors import StorageView, persistent_loader, torch_globals
-from .torchzip import Buffer, Record, damaged_records, open_buffer, read_index
+from .torchzip import Buffer, LoadedFile, Record, damaged_records, open_buffer, read_index
 from .unpickling import PLAIN, SafeUnpickler, trusted
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How a file of torch before 1.6, or of ``_use_new_zipfile_serialization=False``, begins."""
 
 _SMALL = 2**24
-
+"""Bytes that a tensor may take whatever the file's size: a small file may hold a small expanded tensor."""
 
 # Every buffer that a living tensor is a view of. A buffer lives as long as its last tensor, so no address is stale.
 _open_buffers: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
@@ -39,7 +39,7 @@ def load_zip(path: str, *, trust: bool, mapped: bool) -> Any:
     index = read_index(path)
     if index.byteorder != b"little":
         _refuse(path, "values in big-endian order", "Save it again on a little-endian machine.")
-    buffer = open_buffer(path, mapped=mapped)
+    buffer = _register(open_buffer(path, mapped=mapped))
     storages: dict[str, StorageView] = {}
 
     def storage(key: str, dtype: torch.dtype, count: int) -> StorageView:
@@ -52,7 +52,6 @@ def load_zip(path: str, *, trust: bool, mapped: bool) -> Any:
         return storages[key]
 
     value, _ = _unpickle(path, index.pickle, 0, persistent_loader(storage), trust=trust)
-    _open_buffers[id(buffer)] = buffer
     return value
 
 
@@ -84,7 +83,8 @@ def _load_legacy(path: str, data: mmap.mmap, trust: bool) -> Any:
         _refuse(path, "values in big-endian order", "Save it again on a little-endian machine.")
     value, position = _unpickle(path, data, position, persistent, trust=trust)
     keys, position = _unpickle(path, data, position, persistent, trust=False)
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(storages):
+    texts = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not texts or sorted(keys) != sorted(storages):
         _refuse(path, "a list of storages that is not the one its tensors name", DAMAGED)
     for key in keys:
         view = storages[key]
@@ -142,13 +142,20 @@ def verify(path: str, tensors: dict[str, torch.Tensor]) -> list[str]:
     return unverifiable
 
 
+def _register(buffer: Buffer) -> Buffer:
+    buffer.records = {}
+    _open_buffers[id(buffer)] = buffer
+    return buffer
+
+
 def _view(buffer: Buffer, record: Record, dtype: torch.dtype) -> torch.UntypedStorage:
     if not record.size:
         return torch.empty(0, dtype=torch.uint8, device="cpu").untyped_storage()
     if record.offset % dtype.itemsize:
         # torch.save aligns records; where another program did not, a view would hold misaligned numbers.
-        own = bytearray(buffer[record.offset : record.offset + record.size])
-        return torch.frombuffer(own, dtype=torch.uint8).untyped_storage()
+        buffer = LoadedFile(buffer[record.offset : record.offset + record.size])
+        record = Record(record.name, 0, record.size, record.crc)
+        _register(buffer)
     values = torch.frombuffer(buffer, dtype=torch.uint8, offset=record.offset, count=record.size)
     storage = values.untyped_storage()
     buffer.records[storage.data_ptr()] = record

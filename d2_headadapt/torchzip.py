@@ -40,7 +40,7 @@ class Record:
 
 
 class MappedFile(mmap.mmap):
-    """A private memory map that knows which record begins at which address.
+    """A private memory map, and which record begins at which address.
 
     Private: what a caller writes to a tensor stays in this process.
     """
@@ -121,7 +121,6 @@ def open_buffer(path: str, *, mapped: bool) -> Buffer:
             buffer = LoadedFile(os.path.getsize(path))
             if file.readinto(buffer) != len(buffer):
                 _damaged(path, "a file that shrank while it was read")
-    buffer.records = {}
     return buffer
 
 

@@ -1,7 +1,7 @@
 """Reading a pickle of plain values, and of what a table of known names allows, without running anything.
 
 Why not :class:`pickle.Unpickler` with ``find_class`` overridden: it can still be made to take all memory (one
-``LONG_BINPUT`` of index 2**32 - 1 zero-fills a 64 GB memo) and to crash the interpreter (a tuple nested a million deep,
+``LONG_BINPUT`` of index 2**32 - 1 zero-fills a 64 GB memo) and to crash the interpreter (a tuple nested 200,000 deep,
 used as a key, overflows the C stack in ``hash``), and it calls whatever lies on its stack. Here the memo is a dict,
 keys are scalars, lengths are compared with the bytes that are left, steps and copies are counted, and only a
 :class:`Builder` is ever called.
@@ -41,8 +41,8 @@ def _counter(counts: Any = ()) -> Counter[Any]:
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     # How Python 3 writes bytes at protocol 2.
-    if encoding not in ("latin1", "utf-8"):
-        raise ValueError(f"the encoding {str(encoding)[:20]!r}")
+    if not isinstance(text, str) or not isinstance(encoding, str) or encoding not in ("latin1", "utf-8"):
+        raise ValueError("bytes in an encoding that pickle never writes")
     return text.encode(encoding)
 
 
@@ -51,6 +51,12 @@ def _bytearray(value: Any = b"") -> bytearray:
     if not isinstance(value, bytes):
         raise TypeError("a bytearray that is not made of bytes")
     return bytearray(value)
+
+
+def _complex(real: Any, imag: Any) -> complex:
+    if not isinstance(real, float) or not isinstance(imag, float):
+        raise TypeError("a complex number that is not made of two numbers")
+    return complex(real, imag)
 
 
 def _set(items: Any = ()) -> set[Any]:
@@ -63,7 +69,7 @@ PLAIN: dict[str, Any] = {
     "_codecs.encode": Builder(_encode),
     "builtins.bytearray": Builder(_bytearray),
     "builtins.bytes": Builder(lambda: b""),  # how Python 3 writes empty bytes at protocol 2
-    "builtins.complex": Builder(complex),
+    "builtins.complex": Builder(_complex),
     "builtins.dict": Builder(_ordered_dict),
     "builtins.set": Builder(_set),
     "builtins.frozenset": Builder(lambda items=(): frozenset(_set(items))),

@@ -1,0 +1,185 @@
+"""Box heads: ``cls_score`` and ``bbox_pred`` of the standard, cascade and C4 ROI heads.
+
+R   regions of a view
+K   classes of the head; label K is background
+C   features of a region
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.structures import Boxes, pairwise_iou
+from torch import nn
+
+from .images import ImageStream, View
+from .options import FitSettings, PartReport
+from .reservoir import Reservoir
+from .rows import RowWriter
+from .rpn import proposals_of
+from .scores import solve_boxes, solve_scores
+from .sharing import gathered, on_rank_zero
+
+BYTES = 2**30
+"""No sample takes more, however wide its regions are."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One box predictor.
+
+    Args:
+        number: of the cascade; 0 elsewhere.
+        name: of the predictor in the model.
+        predictor: a ``FastRCNNOutputLayers``.
+        threshold: overlap from which a region is an object.
+    """
+
+    number: int
+    name: str
+    predictor: Any
+    threshold: float
+
+
+def stages_of(roi_heads: Any, name: str) -> list[Stage]:
+    """Every box predictor of the ROI heads."""
+    predictor = getattr(roi_heads, "box_predictor", None)
+    if isinstance(predictor, nn.ModuleList):
+        matchers = roi_heads.proposal_matchers
+        return [
+            Stage(i, f"{name}.box_predictor.{i}", one, float(matchers[i].thresholds[-2]))
+            for i, one in enumerate(predictor)
+        ]
+    if predictor is None:
+        return []
+    # Thresholds stand between -inf and +inf; with an ignore band the upper one is where objects begin.
+    return [Stage(0, f"{name}.box_predictor", predictor, float(roi_heads.proposal_matcher.thresholds[-2]))]
+
+
+def why_not(roi_heads: Any, stage: Stage) -> str | None:
+    """Why a predictor cannot be solved; ``None`` where it can."""
+    layers = [getattr(stage.predictor, name, None) for name in ("cls_score", "bbox_pred")]
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        return "cls_score and bbox_pred are not linear layers"
+    if len(stage.predictor.box2box_transform.weights) != 4:
+        return "its boxes are rotated"
+    if not any(hasattr(roi_heads, pooler) for pooler in ("box_pooler", "pooler")):
+        return f"how {type(roi_heads).__name__} pools regions is not known"
+    return None
+
+
+def region_features(roi_heads: Any, stage: Stage, view: View, boxes: Boxes) -> torch.Tensor:
+    """What the stage's predictor sees of some boxes, (R, C)."""
+    if hasattr(roi_heads, "_shared_roi_transform"):
+        x = roi_heads._shared_roi_transform([view.features[name] for name in roi_heads.in_features], [boxes])
+        return x.mean(dim=(2, 3))  # type: ignore[no-any-return]
+    head = roi_heads.box_head[stage.number] if isinstance(roi_heads.box_head, nn.ModuleList) else roi_heads.box_head
+    x = head(roi_heads.box_pooler([view.features[name] for name in roi_heads.box_in_features], [boxes]))
+    return x.flatten(1)  # type: ignore[no-any-return]
+
+
+def region_boxes(rpn: Any, roi_heads: Any, stages: Sequence[Stage], stage: Stage, view: View, limit: int) -> Boxes:
+    """The boxes that a stage sees: proposals and the image's own boxes, moved by the stages before it."""
+    boxes = proposals_of(rpn, view, limit)
+    boxes = Boxes.cat([Boxes(boxes.tensor.detach()), view.truth.gt_boxes])
+    for earlier in stages[: stage.number]:
+        predictor = earlier.predictor
+        _, deltas = predictor(region_features(roi_heads, earlier, view, boxes))
+        moved = Boxes(predictor.box2box_transform.apply_deltas(deltas, boxes.tensor))
+        moved.clip(view.size)
+        boxes = moved[moved.nonempty()]
+    return boxes
+
+
+def collect(
+    model: Any, stages: Sequence[Stage], stage: Stage, views: Iterator[View], num_classes: int, settings: FitSettings
+) -> Reservoir:
+    """Regions with their best object, its class, the overlap and the box deltas toward it."""
+    rpn, roi_heads = model.proposal_generator, model.roi_heads
+    width = stage.predictor.cls_score.in_features
+    regions = max(2, min(settings.regions, BYTES // (4 * width)))
+    low = settings.soft_iou[0] + stage.threshold - 0.5
+    reservoir = Reservoir({num_classes: regions // 2}, regions // 2)
+    for view in views:
+        boxes = region_boxes(rpn, roi_heads, stages, stage, view, settings.proposals)
+        if len(boxes) == 0:
+            continue
+        x = region_features(roi_heads, stage, view, boxes).float()
+        truth = view.truth
+        if len(truth):
+            overlap, matched = pairwise_iou(boxes, truth.gt_boxes).max(dim=1)
+            label = truth.gt_classes[matched]
+            target = truth.gt_boxes.tensor[matched]
+        else:
+            overlap = x.new_zeros(len(boxes))
+            label = torch.full((len(boxes),), num_classes, device=x.device)
+            target = boxes.tensor
+        label = torch.where(overlap >= low, label, torch.full_like(label, num_classes))
+        # Far regions have no meaningful deltas (their logarithm may be infinite), and none is used.
+        near = overlap >= stage.threshold
+        delta = x.new_zeros(len(boxes), 4)
+        delta[near] = stage.predictor.box2box_transform.get_deltas(boxes.tensor[near], target[near])
+        reservoir.add(
+            view.key, view.number, label, {"x": x, "overlap": overlap, "label": label, "delta": delta}
+        )
+    return reservoir
+
+
+def fit_boxes(
+    model: Any, name: str, stream: ImageStream, writer: RowWriter, settings: FitSettings
+) -> tuple[list[PartReport], tuple[int, ...]]:
+    """Solve every box predictor of ``model.roi_heads``, stage by stage.
+
+    Args:
+        model: a ``GeneralizedRCNN``.
+        name: of its ROI heads.
+        stream: the images.
+        writer: knows the new classes; writes and undoes.
+        settings: how.
+
+    Returns:
+        One report per stage, and the new classes without any region.
+    """
+    reports: list[PartReport] = []
+    missing: tuple[int, ...] = ()
+    stages = stages_of(model.roi_heads, name)
+    num_classes = writer.num_classes("thing") or 0
+    for stage in stages:
+        problem = why_not(model.roi_heads, stage)
+        if problem is None and model.proposal_generator is None:
+            problem = "the model makes no proposals of its own"
+        if problem is not None:
+            reports.append(PartReport(stage.name, "kept", problem))
+            continue
+        title = f"box head, stage {stage.number + 1} of {len(stages)}" if len(stages) > 1 else "box head"
+        sample = gathered(collect(model, stages, stage, stream.views(title), num_classes, settings))
+        device = stage.predictor.cls_score.weight.device
+        low, high = (overlap + stage.threshold - 0.5 for overlap in settings.soft_iou)
+
+        def work(
+            stage: Stage = stage, sample: dict[str, torch.Tensor] = sample, device: torch.device = device,
+            low: float = low, high: float = min(high, 1.0),
+        ) -> tuple[list[Any], PartReport, tuple[int, ...]]:  # fmt: skip
+            if not sample:
+                return [], PartReport(stage.name, "kept", "no region was found"), writer.new["thing"]
+            held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
+            placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
+            share = ((placed["overlap"] - low) / max(high - low, 1e-6)).clamp(0, 1)
+            share = torch.where(placed["label"] == num_classes, torch.zeros_like(share), share)
+            scores = solve_scores(stage, placed, share, writer, num_classes, settings)
+            if not scores.solutions:
+                return [], PartReport(stage.name, "kept", scores.reason), scores.missing
+            boxes, penalties = solve_boxes(stage, placed, writer, num_classes, settings)
+            report = PartReport(
+                stage.name, "solved", scores.reason, len(sample["weight"]), scores.left_out,
+                {**scores.penalties, **penalties}, scores.score,
+            )  # fmt: skip
+            return [*scores.solutions, *boxes], report, scores.missing
+
+        solutions, report, missing = on_rank_zero(work, stage.name)
+        writer.write(solutions)
+        reports.append(report)
+    return reports, missing

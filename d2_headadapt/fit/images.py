@@ -1,0 +1,215 @@
+"""Streaming a few hundred training images through the frozen backbone.
+
+A *view* is one image, as it is or mirrored. Views are numbered alike in every process; each process takes its share.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from tqdm import tqdm
+
+from .options import FitSettings
+from .reservoir import image_key
+
+logger = logging.getLogger(__name__)
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+"""Turns a dataset's entry into ``{"image": (C, H, W), "instances": Instances}``, at test resolution, without chance."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One image in the network's input resolution.
+
+    Args:
+        number: its place among all views; even where the image is as it is, odd where it is mirrored.
+        key: random bits that belong to it.
+        features: the backbone's, by name, each (1, C, H, W).
+        size: (height, width) of the image in pixels.
+        truth: ``gt_boxes`` and ``gt_classes``, and ``gt_masks`` where the image has them and is not mirrored.
+    """
+
+    number: int
+    key: int
+    features: Mapping[str, torch.Tensor]
+    size: tuple[int, int]
+    truth: Instances
+
+    @property
+    def image(self) -> int:
+        """The image's place among all images."""
+        return self.number // 2
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Give Python's, numpy's and torch's global random streams back as they were.
+
+    detectron2's resize draws from numpy's even where there is nothing to choose.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
+
+
+def choose_images(dicts: Sequence[Mapping[str, Any]], classes: Sequence[int], settings: FitSettings) -> list[int]:
+    """Which images to look at: a weighted sample without replacement in which rare new classes come first.
+
+    The weight of an image is that of its rarest new class, one over the square root of its count; the sample is the
+    one of Efraimidis and Spirakis, 2006.
+
+    Args:
+        dicts: a detectron2 dataset.
+        classes: the new ones.
+        settings: ``images`` and ``seed`` are read.
+
+    Returns:
+        Positions in ``dicts``, ascending.
+    """
+    wanted = set(classes)
+    shown = [
+        {int(a["category_id"]) for a in entry.get("annotations", ()) if not a.get("iscrowd", 0)} & wanted
+        for entry in dicts
+    ]
+    counts = Counter(value for values in shown for value in values)
+    common = max(counts.values(), default=1)
+
+    def turn(i: int) -> tuple[float, int]:
+        weight = max((1 / math.sqrt(counts[value]) for value in shown[i]), default=0.25 / math.sqrt(common))
+        uniform = (image_key(settings.seed, f"image {name_of(dicts[i], i)}") + 1) / 2.0**64
+        return -math.log(min(uniform, 1 - 1e-12)) / weight, i
+
+    chosen = sorted(range(len(dicts)), key=turn)[: settings.images]
+    return sorted(chosen)
+
+
+def name_of(entry: Mapping[str, Any], position: int) -> str:
+    """What an image is called in messages and hashes."""
+    return str(entry.get("image_id", entry.get("file_name", position)))
+
+
+def is_held_out(entry: Mapping[str, Any], position: int, settings: FitSettings) -> bool:
+    """Whether an image chooses penalties rather than being fitted."""
+    return image_key(settings.seed, f"held out {name_of(entry, position)}") < settings.held_out * 2.0**64
+
+
+class ImageStream:
+    """Views of the chosen images, with their backbone features.
+
+    Args:
+        model: a detectron2 model with ``preprocess_image`` and ``backbone``.
+        dicts: a detectron2 dataset.
+        mapper: see :data:`Mapper`.
+        chosen: of :func:`choose_images`.
+        settings: ``mirror``, ``cache_mb`` and ``seed`` are read.
+        rank, world: this process takes every ``world``-th image, from ``rank`` on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dicts: Sequence[dict[str, Any]],
+        mapper: Mapper,
+        chosen: Sequence[int],
+        settings: FitSettings,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._model: Any = model
+        self._dicts = dicts
+        self._mapper = mapper
+        self._chosen = list(chosen)
+        self._settings = settings
+        self._rank, self._world = rank, world
+        self._room = settings.cache_mb * 2**20
+        self._cache: dict[int, View] = {}
+        self.skipped: dict[str, str] = {}
+        held = [i for i, position in enumerate(chosen) if is_held_out(dicts[position], position, settings)]
+        # With everything on one side there is nothing to compare.
+        self.held_out = frozenset(held if 0 < len(held) < len(self._chosen) else ())
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def views(self, title: str, *, mirror: bool = True, held_out_only: bool = False) -> Iterator[View]:
+        """This process's views, in order; images that cannot be read are noted in ``skipped`` and passed over.
+
+        Args:
+            title: of the progress bar, which only the first process draws, and only on a terminal.
+            mirror: also the mirrored ones, where the settings ask for them.
+            held_out_only: only images of the held-out share.
+        """
+        mine = range(self._rank, len(self._chosen), self._world)
+        numbers = [i for i in mine if not held_out_only or i in self.held_out]
+        quiet = self._rank > 0 or not sys.stderr.isatty()
+        for i in tqdm(numbers, desc=title, unit="image", disable=quiet, leave=False):
+            for mirrored in (False, True) if mirror and self._settings.mirror else (False,):
+                view = self._view(i, mirrored)
+                if view is not None:
+                    yield view
+
+    def _view(self, i: int, mirrored: bool) -> View | None:
+        number = 2 * i + int(mirrored)
+        if number in self._cache:
+            return self._cache[number]
+        position = self._chosen[i]
+        name = name_of(self._dicts[position], position)
+        if name in self.skipped:
+            return None
+        try:
+            # PIL raises SyntaxError for a broken PNG.
+            mapped = self._mapper(dict(self._dicts[position]))
+        except (OSError, ValueError, SyntaxError) as exc:
+            self.skipped[name] = str(exc) or type(exc).__name__
+            logger.warning("Image %s cannot be read and is passed over: %s", name, exc)
+            return None
+        image, truth = mapped["image"], mapped.get("instances")
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        truth = empty_truth(size) if truth is None else truth
+        if mirrored:
+            image, truth = image.flip(-1), mirror(truth)
+        images = self._model.preprocess_image([{"image": image}])
+        features = self._model.backbone(images.tensor)
+        if not all(bool(torch.isfinite(value).all()) for value in features.values()):
+            self.skipped[name] = "the backbone's features are not finite"
+            return None
+        view = View(number, image_key(self._settings.seed, f"{name}/{int(mirrored)}"), features, size,
+                    truth.to(images.tensor.device))  # fmt: skip
+        taken = sum(value.numel() * value.element_size() for value in features.values())
+        if taken <= self._room:
+            self._room -= taken
+            self._cache[number] = view
+        return view
+
+
+def empty_truth(size: tuple[int, int]) -> Instances:
+    """The truth of an image without objects."""
+    return Instances(size, gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
+
+
+def mirror(truth: Instances) -> Instances:
+    """Boxes and classes as they are in the mirrored image."""
+    width = truth.image_size[1]
+    boxes = truth.gt_boxes.tensor.clone()
+    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    return Instances(truth.image_size, gt_boxes=Boxes(boxes), gt_classes=truth.gt_classes)

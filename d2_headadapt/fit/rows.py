@@ -1,0 +1,114 @@
+"""Which rows of which tensor may be written, writing them, and taking everything back.
+
+Carried rows stay untouched because nothing here can name them: a row is written only if a layout says that it belongs
+to a new class, or to no class where no class was carried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import LayoutError
+from ..layout_registry import layouts_of
+from ..layouts import HeadLayout
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New values for whole rows of one tensor.
+
+    Args:
+        tensor: its name in the model.
+        rows: (r,) positions on axis 0.
+        values: (r, ...), on the CPU.
+    """
+
+    tensor: str
+    rows: torch.Tensor
+    values: torch.Tensor
+
+
+class RowWriter:
+    """Writes solutions into a model, and can restore every bit.
+
+    Args:
+        model: whose rows are fitted.
+        new: indices of the new classes by label space.
+    """
+
+    def __init__(self, model: nn.Module, new: Mapping[str, Sequence[int]]) -> None:
+        self._tensors: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
+        self.layouts: dict[str, HeadLayout] = {layout.tensor: layout for layout in layouts_of(model)}
+        self.new = {space: tuple(sorted(set(classes))) for space, classes in new.items() if classes}
+        self._before: dict[str, torch.Tensor] = {}
+
+    def value(self, tensor: str) -> torch.Tensor:
+        """A detached float32 copy."""
+        return self._tensors[tensor].detach().float().clone()
+
+    def num_classes(self, space: str) -> int | None:
+        """K of a label space, read from the shape of any tensor that holds its classes."""
+        for name, layout in self.layouts.items():
+            if layout.space == space and layout.axes:
+                return layout.num_classes(tuple(self._tensors[name].shape))
+        return None
+
+    def carried(self, space: str) -> tuple[int, ...]:
+        """The classes of a space that are not new."""
+        return tuple(set(range(self.num_classes(space) or 0)) - set(self.new.get(space, ())))
+
+    def open_rows(self, tensor: str) -> torch.Tensor:
+        """Positions on axis 0 that may be written: new classes, and what belongs to no class where none is carried."""
+        layout = self.layouts.get(tensor)
+        size = len(self._tensors[tensor])
+        if layout is None or not layout.axes:
+            # Agnostic, or the RPN's: serves every class, so it counts as carried when any class is.
+            spaces = [layout.space] if layout else list(self.new)
+            return torch.arange(0 if any(self.carried(space) for space in spaces) else size)
+        k = layout.num_classes(tuple(self._tensors[tensor].shape))
+        rows = layout.rows(self.new.get(layout.space, ()), k or 0)
+        if not self.carried(layout.space):
+            rows = torch.cat([rows, layout.fixed_rows(k or 0)])
+        return rows.sort().values
+
+    def write(self, solutions: Iterable[Solution], *, shared: bool = False) -> None:
+        """Write all of them, or none.
+
+        Args:
+            solutions: what to write.
+            shared: the caller vouches that tensors without classes (the RPN's) may be written: the training set
+                labels every carried class.
+
+        Raises:
+            LayoutError: a row that is not open, a wrong shape, or a value that is not finite.
+        """
+        solutions = list(solutions)
+        for solution in solutions:
+            target = self._tensors[solution.tensor]
+            closed = ~torch.isin(solution.rows, self.open_rows(solution.tensor))
+            if shared and solution.tensor not in self.layouts:
+                closed[:] = False
+            good = tuple(solution.values.shape) == (len(solution.rows), *target.shape[1:])
+            if bool(closed.any()) or not good or not bool(torch.isfinite(solution.values).all()):
+                raise LayoutError(
+                    f"fitted rows of {solution.tensor}",
+                    expected=f"finite values of shape (rows, {', '.join(map(str, target.shape[1:]))}) for new rows",
+                    found=f"{tuple(solution.values.shape)}, {int(closed.sum())} of them rows that are carried",
+                    fix="Set MODEL.HEAD_ADAPT.FIT.ENABLED False and report this.",
+                )
+        for solution in solutions:
+            target = self._tensors[solution.tensor]
+            self._before.setdefault(solution.tensor, target.detach().clone())
+            with torch.no_grad():
+                target[solution.rows.to(target.device)] = solution.values.to(target)
+
+    def undo(self, tensors: Iterable[str] | None = None) -> None:
+        """Give tensors (all that were written, by default) their old bits back."""
+        for name in list(self._before if tensors is None else tensors):
+            if name in self._before:
+                with torch.no_grad():
+                    self._tensors[name].copy_(self._before.pop(name))

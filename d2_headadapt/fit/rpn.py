@@ -1,0 +1,243 @@
+"""The RPN's last layer, solved again toward the values it had.
+
+A   anchors per cell
+C   channels of the layer's input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes, ImageList, pairwise_iou
+from torch import nn
+
+from .images import ImageStream, View
+from .options import FitSettings, PartReport
+from .reservoir import Reservoir, sample_view
+from .rows import RowWriter, Solution
+from .sharing import gathered, on_rank_zero, summed
+from .solvers import Frame, choose_penalty, logistic_rows, ridge_rows
+
+OBJECT, CLUTTER = 1, 0
+"""Strata: cells where some anchor is an object, and all others."""
+KEEP_LOSS, KEEP_BOX = 0.98, 0.8
+"""Share of the best held-out gain that a stronger penalty must keep, for classifiers and for box regressors."""
+CELLS_PER_VIEW = 512
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What ``module`` is called with, in order, while the context is open."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def why_not(rpn: Any) -> str | None:
+    """Why this proposal generator cannot be solved; ``None`` where it can."""
+    head = getattr(rpn, "rpn_head", None)
+    layers = [getattr(head, name, None) for name in ("objectness_logits", "anchor_deltas")]
+    if not all(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) for layer in layers):
+        return "its last layers are not 1x1 convolutions named objectness_logits and anchor_deltas"
+    if rpn.anchor_generator.box_dim != 4:
+        return "its boxes are rotated"
+    return None
+
+
+def proposals_of(rpn: Any, view: View, limit: int) -> Boxes:
+    """The best proposals of a view, (at most limit, 4) pixels, as the model makes them at test time."""
+    found, _ = rpn(_image_list(view), dict(view.features), None)
+    boxes: Boxes = found[0].proposal_boxes[:limit]
+    return boxes
+
+
+def _image_list(view: View) -> ImageList:
+    # The proposal generator reads the size only.
+    return ImageList(torch.zeros(1, 1, 1, 1), [view.size])
+
+
+def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
+    """Share of objects that a proposal covers, averaged over overlaps of 0.5, 0.55 ... 0.95, over all processes."""
+    thresholds = torch.arange(0.5, 1.0, 0.05)
+    hits = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
+    for view in views:
+        boxes = proposals_of(rpn, view, limit)
+        if len(view.truth) and len(boxes):
+            best = pairwise_iou(view.truth.gt_boxes, boxes).max(dim=1).values.cpu()
+            hits[:-1] += (best[:, None] >= thresholds).sum(0)
+        hits[-1] += len(view.truth)
+    hits = summed(hits)
+    return float(hits[:-1].double().mean() / max(int(hits[-1]), 1))
+
+
+def collect(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+    """Cells of the RPN's feature maps with the labels that detectron2's own matcher gives their anchors."""
+    half = max(1, settings.regions // 2)
+    reservoir = Reservoir({OBJECT: half, CLUTTER: half}, 0)
+    for view in views:
+        features = [view.features[name] for name in rpn.in_features]
+        with inputs_of(rpn.rpn_head.objectness_logits) as seen:
+            rpn.rpn_head(features)
+        x = torch.cat([level[0].flatten(1).t() for level in seen])
+        anchors = Boxes.cat(rpn.anchor_generator(features))
+        truth = view.truth.gt_boxes
+        matched, labels = rpn.anchor_matcher(pairwise_iou(truth, anchors))
+        if rpn.anchor_boundary_thresh >= 0:
+            labels[~anchors.inside_box(view.size, rpn.anchor_boundary_thresh)] = -1
+        # detectron2 draws a fixed number of anchors per image; weights say what its draw expects.
+        positives, negatives = int((labels == 1).sum()), int((labels == 0).sum())
+        taken = min(positives, int(rpn.batch_size_per_image * rpn.positive_fraction))
+        weights = torch.zeros(len(labels), device=labels.device)
+        weights[labels == 1] = taken / max(positives, 1)
+        weights[labels == 0] = (rpn.batch_size_per_image - taken) / max(negatives, 1)
+        if len(truth):
+            deltas = rpn.box2box_transform.get_deltas(anchors.tensor, truth.tensor[matched])
+        else:
+            deltas = torch.zeros_like(anchors.tensor)
+        a = rpn.anchor_generator.num_anchors[0]
+        labels, weights, deltas = labels.view(-1, a), weights.view(-1, a), deltas.view(-1, a, 4)
+        objects = (labels == 1).any(1)
+        clutter = (~objects).nonzero()[:, 0]
+        numbers, stands_for = sample_view(view.key, len(clutter), CELLS_PER_VIEW)
+        clutter = clutter[numbers.to(clutter.device)]
+        cells = torch.cat([objects.nonzero()[:, 0], clutter])
+        weights[clutter] *= stands_for
+        reservoir.add(
+            view.key,
+            view.number,
+            objects[cells].long(),
+            {"x": x[cells].float(), "label": labels[cells].to(torch.int8), "anchor_weight": weights[cells],
+             "delta": deltas[cells].float()},
+        )  # fmt: skip
+    return reservoir
+
+
+def solve(
+    sample: dict[str, torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    deltas: tuple[torch.Tensor, torch.Tensor],
+    held_out: Sequence[int],
+    settings: FitSettings,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor], dict[str, float]]:
+    """Objectness by logistic regression and deltas by ridge, both toward the old values.
+
+    Args:
+        sample: of :func:`collect`.
+        weight, bias: (A, C) and (A,) of the objectness layer.
+        deltas: (4A, C) and (4A,) of the delta layer.
+        held_out: images that choose the penalties.
+        settings: the penalties.
+
+    Returns:
+        New values of both layers, and the penalties.
+    """
+    frame = Frame.of(sample["x"])
+    z = frame.apply(sample["x"])
+    label = (sample["label"] == 1).to(z.dtype)
+    weights = sample["anchor_weight"] * sample["weight"].to(z)[:, None] * (sample["label"] >= 0)
+    held = torch.isin(sample["view"] // 2, torch.tensor(list(held_out), dtype=torch.int64)).to(z.device)
+    chosen: dict[str, float] = {}
+
+    def objectness(rows: torch.Tensor, penalty: float, start: torch.Tensor | None) -> torch.Tensor:
+        zs, ys, ws = z[rows], label[rows], weights[rows]
+        return logistic_rows(zs, lambda part: (ys[part], ws[part]), penalty, prior=prior, start=start)
+
+    def loss(solution: torch.Tensor) -> float:
+        logits = z[held] @ solution
+        return float((weights[held] * (F.softplus(logits) - label[held] * logits)).sum() / weights[held].sum())
+
+    prior = frame.solution(weight, bias)
+    everything = torch.ones_like(held)
+    penalty = settings.penalties[len(settings.penalties) // 2]
+    if held.any():
+        penalty, _ = choose_penalty(
+            settings.penalties, lambda p, start: objectness(~held, p, start), loss, loss(prior), KEEP_LOSS
+        )
+    chosen["objectness_logits"] = penalty
+    logits = frame.rows(objectness(everything, penalty, None))
+
+    old = frame.solution(*deltas)
+    a = label.shape[1]
+    count = float(label.sum()) / a
+
+    def ridge(rows: torch.Tensor, penalty: float) -> torch.Tensor:
+        out = old.clone()
+        for i in range(a):
+            own = rows & (label[:, i] > 0)
+            if own.any():
+                columns = slice(4 * i, 4 * i + 4)
+                ones = sample["weight"].to(z)[own]
+                out[:, columns] = ridge_rows(z[own], sample["delta"][own, i], ones, penalty * count, old[:, columns])
+        return out
+
+    def error(solution: torch.Tensor) -> float:
+        found = (z[held] @ solution).view(-1, a, 4)
+        squares = ((found - sample["delta"][held]) ** 2).sum(2) * label[held]
+        return float(squares.sum() / label[held].sum().clamp(min=1))
+
+    penalty = settings.box_penalties[len(settings.box_penalties) // 2]
+    if held.any():
+        penalty, _ = choose_penalty(settings.box_penalties, lambda p, _: ridge(~held, p), error, error(old), KEEP_BOX)
+    chosen["anchor_deltas"] = penalty
+    return logits, frame.rows(ridge(everything, penalty)), chosen
+
+
+def fit_rpn(
+    rpn: Any, name: str, stream: ImageStream, writer: RowWriter, settings: FitSettings, limit: int
+) -> PartReport:
+    """Solve the RPN's last layer and keep the solution where it pays.
+
+    Args:
+        rpn: the proposal generator.
+        name: its name in the model.
+        stream: the images.
+        writer: writes and undoes.
+        settings: how.
+        limit: proposals per image at test time, for recall.
+    """
+    problem = why_not(rpn)
+    if problem is not None:
+        return PartReport(name, "kept", problem)
+    judged = settings.rpn == "auto"
+    if judged and not stream.held_out:
+        return PartReport(name, "kept", "too few images to judge by held-out recall")
+    reservoir = collect(rpn, stream.views("RPN"), settings)
+    sample = gathered(reservoir)
+    head = f"{name}.rpn_head"
+    layers = ("objectness_logits", "anchor_deltas")
+    tensors = [f"{head}.{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")]
+    device = rpn.rpn_head.objectness_logits.weight.device
+
+    def work() -> tuple[list[Solution], dict[str, float], int]:
+        if not sample or not bool((sample["label"] == 1).any()):
+            return [], {}, 0
+        ow, ob, dw, db = (writer.value(tensor).to(device) for tensor in tensors)
+        placed = {key: value if key in ("view", "stratum") else value.to(device) for key, value in sample.items()}
+        old_deltas = dw.flatten(1), db
+        logits, deltas, chosen = solve(placed, ow.flatten(1), ob, old_deltas, sorted(stream.held_out), settings)
+        found: list[Solution] = []
+        for tensor, old, value in zip(tensors, (ow, ob, dw, db), (*logits, *deltas), strict=True):
+            found.append(Solution(tensor, torch.arange(len(old)), value.reshape(old.shape).cpu()))
+        return found, chosen, len(sample["weight"])
+
+    before = recall(rpn, stream.views("recall", mirror=False, held_out_only=True), limit) if judged else 0.0
+    solutions, chosen, regions = on_rank_zero(work, name)
+    if not solutions:
+        return PartReport(name, "kept", "no anchor lies on an object")
+    writer.write(solutions, shared=True)
+    if not judged:
+        return PartReport(name, "solved", "asked for", regions, 0, chosen)
+    after = recall(rpn, stream.views("recall", mirror=False, held_out_only=True), limit)
+    score = {"held-out recall": (before, after)}
+    if after <= before + 0.005:
+        writer.undo(tensors)
+        return PartReport(name, "kept", "held-out recall does not rise", regions, 0, chosen, score)
+    return PartReport(name, "solved", "held-out recall rises", regions, 0, chosen, score)

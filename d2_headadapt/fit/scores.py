@@ -1,0 +1,235 @@
+"""What a box predictor's rows are solved from: regions with labels, on one device.
+
+n   number of regions
+d   features, plus one that is always 1
+K   classes of the head; column K is background
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .options import FitSettings
+from .rows import RowWriter, Solution
+from .rpn import KEEP_BOX, KEEP_LOSS
+from .solvers import CHUNK, Frame, Targets, choose_penalty, logistic_rows, ridge_rows, softmax_rows
+
+
+@dataclass(frozen=True)
+class ScoreSolution:
+    """What became of ``cls_score``.
+
+    Args:
+        solutions: rows to write; none where nothing could be solved.
+        reason: what was solved, or why nothing was.
+        missing: new classes without a region.
+        left_out: regions on which a carried class is confident.
+        penalties, score: see :class:`d2_headadapt.fit.options.PartReport`.
+    """
+
+    solutions: list[Solution]
+    reason: str
+    missing: tuple[int, ...]
+    left_out: int = 0
+    penalties: Mapping[str, float] = field(default_factory=dict)
+    score: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def solve_scores(
+    stage: Any, sample: dict[str, torch.Tensor], share: torch.Tensor, writer: RowWriter, num_classes: int,
+    settings: FitSettings,
+) -> ScoreSolution:  # fmt: skip
+    """New rows of ``cls_score``: multinomial, or one by one where the predictor uses sigmoids.
+
+    Carried rows, rows of classes without a region and, with any class carried, background enter as constants.
+
+    Args:
+        stage: whose predictor.
+        sample: ``x``, ``label``, ``weight``, ``held`` and more, (n, ...).
+        share: (n,) how much of a region is its object; the rest is background.
+        writer: knows the new classes.
+        num_classes: K.
+        settings: penalties and ``confident``.
+    """
+    tensor = f"{stage.name}.cls_score"
+    new = writer.new["thing"]
+    carried = list(writer.carried("thing"))
+    label, weight = sample["label"], sample["weight"]
+    shown = set(label[share > 0].tolist())
+    seen = [k for k in new if k in shown]
+    missing = tuple(k for k in new if k not in shown)
+    if not seen:
+        return ScoreSolution([], "no image shows a new class", missing)
+    sigmoid = bool(getattr(stage.predictor, "use_sigmoid_ce", False))
+    old = {leaf: writer.value(f"{tensor}.{leaf}").to(label.device) for leaf in ("weight", "bias")}
+    logits = _logits(sample["x"], old["weight"], old["bias"])
+    keep = torch.ones_like(label, dtype=torch.bool)
+    if carried:
+        p = logits.sigmoid() if sigmoid else logits.softmax(dim=1)
+        # An object that nobody labelled is not background for the new rows.
+        keep = ~((label == num_classes) & (p[:, carried].max(dim=1).values >= settings.confident))
+    left_out = int((~keep).sum())
+    # Background has rows of its own only in a softmax, and they are solved only where no class is carried.
+    columns = seen + ([num_classes] if not carried and not sigmoid else [])
+    still = [k for k in range(num_classes + 1) if k not in columns]
+    fixed = torch.logsumexp(logits[:, still], dim=1) if still and not sigmoid else None
+    frame = Frame.of(sample["x"][keep])
+    z = frame.apply(sample["x"])
+    where = torch.full((num_classes + 1,), len(columns), dtype=torch.int64, device=label.device)
+    where[columns] = torch.arange(len(columns), device=label.device)
+    width = len(columns) + int(fixed is not None)
+
+    def targets(rows: torch.Tensor) -> Targets:
+        columns_of, shares, weights = where[label[rows]], share[rows], weight[rows]
+
+        def part(piece: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            column = columns_of[piece]
+            target = z.new_zeros(len(column), len(columns) + 1)
+            target.scatter_(1, column[:, None], shares[piece, None])
+            if not sigmoid:
+                # What is not the object is background, wherever its column is.
+                target[:, where[num_classes]] += 1 - shares[piece]
+            return target[:, :width], weights[piece, None]
+
+        return part
+
+    def solve(rows: torch.Tensor, penalty: float, start: torch.Tensor | None) -> torch.Tensor:
+        if sigmoid:
+            zero = z.new_zeros(z.shape[1], width)
+            return logistic_rows(z[rows], targets(rows), penalty, prior=zero, start=start)
+        own = None if fixed is None else fixed[rows]
+        return softmax_rows(z[rows], targets(rows), penalty, columns=width, fixed=own, start=start)
+
+    held, rest = sample["held"] & keep, ~sample["held"] & keep
+
+    def loss(solution: torch.Tensor) -> float:
+        return _held_out_loss(z[held], solution, targets(held), None if fixed is None else fixed[held], sigmoid)
+
+    penalty = settings.penalties[len(settings.penalties) // 2]
+    score: dict[str, tuple[float, float]] = {}
+    if held.any() and rest.any():
+        none = loss(solve(rest, 1e3, None))
+        penalty, best = choose_penalty(
+            settings.penalties, lambda p, start: solve(rest, p, start), loss, none, KEEP_LOSS
+        )
+        score["held-out loss"] = (none, best)
+    rows, biases = frame.rows(solve(keep, penalty, None))
+    solutions = [
+        Solution(f"{tensor}.weight", torch.tensor(columns), rows.cpu()),
+        Solution(f"{tensor}.bias", torch.tensor(columns), biases.cpu()),
+    ]
+    reason = f"{len(seen)} new classes" + ("" if carried or sigmoid else " and background")
+    return ScoreSolution(solutions, reason, missing, left_out, {"cls_score": penalty}, score)
+
+
+def _logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[i : i + CHUNK] @ weight.t() + bias for i in range(0, len(x), CHUNK)])
+
+
+def _held_out_loss(
+    z: torch.Tensor, solution: torch.Tensor, targets: Targets, fixed: torch.Tensor | None, sigmoid: bool
+) -> float:
+    logits = z @ solution
+    target, weight = targets(slice(0, len(z)))
+    if sigmoid:
+        losses = (F.softplus(logits) - target * logits).sum(1)
+    else:
+        if fixed is not None:
+            logits = torch.cat([logits, fixed[:, None]], dim=1)
+        losses = -(target * F.log_softmax(logits, dim=1)).sum(1)
+    return float((weight[:, 0] * losses).sum() / weight.sum())
+
+
+def solve_boxes(
+    stage: Any, sample: dict[str, torch.Tensor], writer: RowWriter, num_classes: int, settings: FitSettings
+) -> tuple[list[Solution], dict[str, float]]:
+    """New rows of ``bbox_pred``: one ridge solution for all new classes, then each class toward it.
+
+    Args:
+        stage: whose predictor.
+        sample: ``x``, ``label``, ``overlap``, ``delta``, ``weight`` and ``held``, (n, ...).
+        writer: knows the new classes.
+        num_classes: K.
+        settings: penalties.
+
+    Returns:
+        Rows to write, none for an agnostic regressor that serves carried classes; and the penalties.
+    """
+    tensor = f"{stage.name}.bbox_pred"
+    layout = writer.layouts[f"{tensor}.weight"]
+    open_rows = writer.open_rows(f"{tensor}.weight")
+    new = torch.tensor(writer.new["thing"], device=sample["label"].device)
+    near = (sample["overlap"] >= stage.threshold) & torch.isin(sample["label"], new)
+    if len(open_rows) == 0 or not near.any():
+        return [], {}
+    # The deviation of regions on objects, not of all.
+    part = {key: value[near] for key, value in sample.items()}
+    frame = Frame.of(part["x"])
+    z = frame.apply(part["x"])
+    old_rows = {leaf: writer.value(f"{tensor}.{leaf}").to(z.device) for leaf in ("weight", "bias")}
+    old = frame.solution(old_rows["weight"], old_rows["bias"])
+    held, label, count = part["held"], part["label"], float(part["weight"].sum())
+    prior = _prior(old, layout.agnostic, list(writer.carried("thing")))
+    chosen: dict[str, float] = {}
+
+    def ridge(rows: torch.Tensor, penalty: float, toward: torch.Tensor) -> torch.Tensor:
+        return ridge_rows(z[rows], part["delta"][rows], part["weight"][rows], penalty * count, toward)
+
+    def choose(name: str, fit: Callable[[torch.Tensor, float], torch.Tensor], error: Callable[[torch.Tensor], float],
+               none: float) -> float:  # fmt: skip
+        penalty = settings.box_penalties[len(settings.box_penalties) // 2]
+        if held.any() and not held.all():
+            penalty, _ = choose_penalty(settings.box_penalties, lambda p, _: fit(~held, p), error, none, KEEP_BOX)
+        chosen[name] = penalty
+        return penalty
+
+    def error(solution: torch.Tensor) -> float:
+        squares = ((z[held] @ solution - part["delta"][held]) ** 2).sum(1)
+        return float((squares * part["weight"][held]).sum() / part["weight"][held].sum())
+
+    penalty = choose("bbox_pred", lambda rows, p: ridge(rows, p, prior), error, error(prior))
+    everything = torch.ones_like(held)
+    shared = ridge(everything, penalty, prior)
+    if layout.agnostic:
+        weight, bias = frame.rows(shared)
+        return _both(tensor, torch.arange(4), weight, bias), chosen
+
+    def by_class(rows: torch.Tensor, penalty: float, toward: torch.Tensor) -> torch.Tensor:
+        found = [
+            ridge(own, penalty, toward) if bool((own := rows & (label == k)).any()) else toward for k in new.tolist()
+        ]
+        return torch.stack(found)
+
+    def class_error(solutions: torch.Tensor) -> float:
+        squares = z.new_zeros(())
+        for k, solution in zip(new.tolist(), solutions, strict=True):
+            own = held & (label == k)
+            squares += (((z[own] @ solution - part["delta"][own]) ** 2).sum(1) * part["weight"][own]).sum()
+        return float(squares / part["weight"][held].sum())
+
+    # The shared solution that a class leans on here has not seen the held-out images either.
+    half = ridge(~held, penalty, prior) if held.any() else shared
+    none = class_error(torch.stack([half] * len(new)))
+    penalty = choose("bbox_pred by class", lambda rows, p: by_class(rows, p, half), class_error, none)
+    solved = by_class(everything, penalty, shared)
+    shown = [i for i, k in enumerate(new.tolist()) if bool((label == k).any())]
+    rows = layout.rows([int(new[i]) for i in shown], num_classes)
+    pairs = [frame.rows(solved[i]) for i in shown]
+    return _both(tensor, rows, torch.cat([w for w, _ in pairs]), torch.cat([b for _, b in pairs])), chosen
+
+
+def _prior(old: torch.Tensor, agnostic: bool, carried: list[int]) -> torch.Tensor:
+    """(d, 4): the regressor itself where it is agnostic, else the carried classes' mean, else zero."""
+    if agnostic:
+        return old
+    by_class = old.view(len(old), -1, 4)
+    return by_class[:, carried].mean(1) if carried else torch.zeros_like(by_class[:, 0])
+
+
+def _both(tensor: str, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> list[Solution]:
+    return [Solution(f"{tensor}.weight", rows, weight.cpu()), Solution(f"{tensor}.bias", rows, bias.cpu())]
