@@ -171,7 +171,12 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         settled = settle_checkpoint(stored, model_state, checkpoint, settings)
         plan = plan_load(settled, self.model, settings, known, self._origin)
         refuse_plan(plan, settings.min_coverage, self._origin)
-        if self._resumes & checkpoint.keys():
+        resumed = {key: checkpoint[key] for key in sorted(self._resumes & checkpoint.keys())}
+        if resumed:
+            if settings.verify_file:
+                verify_tensors(path, resumed)
+            # An optimizer keeps the tensors it is given, and these are views of a file that may change under it.
+            checkpoint.update(copy.deepcopy(resumed))
             adapt_resume(checkpoint, plan, known, self.model, self.checkpointables, settings.resume, self._origin)
         if self.settings.verify_file:
             verify_tensors(path, {t.name: settled.tensors[t.name] for t in plan.by_action("copied", "carried")})

@@ -28,18 +28,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2_headadapt import saving, torchzip, unpickling
 from d2_headadapt.errors import CheckpointFileError
 from d2_headadapt.files import (
     existing_output,
     named_tensors,
     read_checkpoint,
+    saving,
     shapes_of,
+    torchzip,
+    unpickling,
     verify_tensors,
     write_checkpoint,
     write_text,
 )
-from d2_headadapt.pickle_machine import Builder
+from d2_headadapt.files.pickle_machine import Builder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -379,7 +381,7 @@ def test_a_disk_that_fails_gets_a_message(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(torchzip, "open_buffer", fail)
-    monkeypatch.setattr("d2_headadapt.torchfile.open_buffer", fail)
+    monkeypatch.setattr("d2_headadapt.files.torchfile.open_buffer", fail)
     with pytest.raises(CheckpointFileError, match="Input/output error"):
         read_checkpoint(path)
 
@@ -580,7 +582,7 @@ def test_threads_may_save_to_one_name(tmp_path: Path) -> None:
 
 
 def test_an_address_is_forgotten_with_its_file(tmp_path: Path) -> None:
-    from d2_headadapt import torchfile
+    from d2_headadapt.files import torchfile
 
     path = put(tmp_path, "x.pth", corruption.saved(corruption.model()))
     before = len(torchfile._open_buffers)

@@ -1,9 +1,9 @@
 """Tensors out of torch files, the zip format and the one before it, as views of the file or in memory of their own.
 
-The pickle inside is read by :class:`d2_headadapt.unpickling.SafeUnpickler`. ``torch.load(weights_only=True)`` would be
-the obvious choice. It does not tell which record a tensor came from, which the checksums need; a file of one kilobyte
-makes it allocate a terabyte (``bytearray(10**12)``) or crash (a tuple nested 200,000 deep as a key, measured with
-torch 2.15); and it refuses the numpy numbers that many training loops leave in their checkpoints.
+The pickle inside is read by :class:`d2_headadapt.files.unpickling.SafeUnpickler`. ``torch.load(weights_only=True)``
+would be the obvious choice. It does not tell which record a tensor came from, which the checksums need; a small file
+with a tuple nested a million deep as a key ends the process (measured with torch 2.15); and it refuses the numpy
+numbers that many training loops leave in their checkpoints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .errors import CheckpointFileError
+from ..errors import CheckpointFileError
 from .pickle_machine import DAMAGED, Source
 from .torch_tensors import StorageView, persistent_loader, torch_globals
 from .torchzip import Buffer, LoadedFile, Record, damaged_records, open_buffer, read_index

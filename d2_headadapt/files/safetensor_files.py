@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .errors import CheckpointFileError
+from ..errors import CheckpointFileError
 
 METADATA_KEY = "d2_headadapt"
 _ALIASES = "aliases"

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CheckpointFileError
 from . import arrays
-from .errors import CheckpointFileError
 from .pickle_machine import BAD_VALUES, DAMAGED, Builder, Machine, Source, check_key
 
 MAX_STEPS = 10_000_000

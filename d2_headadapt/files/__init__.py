@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from ..errors import CheckpointFileError
 from . import safetensor_files, torchfile, torchzip
-from .errors import CheckpointFileError
 from .pickle_machine import DAMAGED
 from .saving import existing_output as existing_output
 from .saving import write_checkpoint as write_checkpoint

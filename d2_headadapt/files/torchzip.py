@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import FileIO
 from typing import NoReturn
 
-from .errors import CheckpointFileError
+from ..errors import CheckpointFileError
 from .pickle_machine import DAMAGED
 
 SIGNATURE = b"PK\x03\x04"

@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from ..errors import CheckpointFileError
 from . import safetensor_files
-from .errors import CheckpointFileError
 
 EXTENSIONS = (".pth", ".safetensors")
 

@@ -1,6 +1,6 @@
 """The machine that a pickle drives: a stack, marks, a memo, and calls of known builders only.
 
-Which opcode does what is in :mod:`d2_headadapt.unpickling`.
+Which opcode does what is in :mod:`d2_headadapt.files.unpickling`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
+from ..errors import CheckpointFileError
 from . import arrays
-from .errors import CheckpointFileError
 
 BAD_VALUES = (
     ArithmeticError,
