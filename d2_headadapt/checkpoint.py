@@ -25,7 +25,7 @@ from .moments import adapt_averages
 from .plan import AdaptPlan
 from .provenance import KEY, Provenance, optimizer_names
 from .ranks import agree, compare, readable_everywhere, share_new_rows
-from .report import plan_table, summary_line
+from .report import plan_notices, plan_table, summary_line
 from .resuming import adapt_resume, find_optimizer
 from .settings import AdaptSettings, settings_of
 
@@ -195,10 +195,10 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 module.class_table = plan.target["thing"]
         if not self._told:
             self.logger.info("No class tables are attached to the model: heads are loaded as stock detectron2 does.")
-        self.logger.info("Plan of %s:\n%s", self._origin, plan_table(plan))
-        for t in plan.tensors:
-            if not t.verified and t.action == "copied":
-                self.logger.warning("%s: %s", t.name, t.reason)
+        self.logger.info("Plan of %s:\n%s", self._origin, plan_table(plan, summary=False))
+        for notice in plan_notices(plan):
+            if notice.level == "unverified":
+                self.logger.warning("%s: %s Type %s.", notice.what, notice.why, notice.type_this)
         self.logger.info("%s", summary_line(plan))
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:

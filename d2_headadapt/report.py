@@ -63,12 +63,13 @@ def summary_line(plan: AdaptPlan) -> str:
     return "; ".join(parts)
 
 
-def plan_table(plan: AdaptPlan, *, every_tensor: bool = False) -> str:
+def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = True) -> str:
     """The plan as one table: head tensors one by one under their group, the rest as counts, then classes by name.
 
     Args:
         plan: any plan.
         every_tensor: also list the tensors that have no classes.
+        summary: end with :func:`summary_line`.
     """
     notices = plan_notices(plan)
     rows = _rows(plan, notices, every_tensor)
@@ -80,7 +81,8 @@ def plan_table(plan: AdaptPlan, *, every_tensor: bool = False) -> str:
         text.append(f"note {number}, {notice.level}: {notice.what}: {notice.why}.")
         if notice.type_this:
             text.append(f"    type: {notice.type_this}" + (f"    ({notice.hint})" if notice.hint else ""))
-    text.append(summary_line(plan))
+    if summary:
+        text.append(summary_line(plan))
     return "\n".join(text)
 
 

@@ -122,9 +122,7 @@ def collect(
         near = overlap >= stage.threshold
         delta = x.new_zeros(len(boxes), 4)
         delta[near] = stage.predictor.box2box_transform.get_deltas(boxes.tensor[near], target[near])
-        reservoir.add(
-            view.key, view.number, label, {"x": x, "overlap": overlap, "label": label, "delta": delta}
-        )
+        reservoir.add(view.key, view.number, label, {"x": x, "overlap": overlap, "label": label, "delta": delta})
     return reservoir
 
 

@@ -104,8 +104,8 @@ def _fit(
         if getattr(model.roi_heads, "mask_on", False):
             parts.append(fit_masks(model, "roi_heads", stream, writer, settings))
     elif hasattr(model, "head") and hasattr(model, "anchor_generator"):
-        found, missing = fit_dense(model, "head", stream, writer, settings)
-        parts.append(found)
+        report, missing = fit_dense(model, "head", stream, writer, settings)
+        parts.append(report)
     else:
         parts.append(PartReport("model", "kept", f"how {type(model).__name__} uses its classes is not known"))
     return parts, missing
@@ -144,5 +144,3 @@ def _all_skipped(stream: ImageStream) -> tuple[tuple[str, str], ...]:
     parts: list[dict[str, str]] = comm.all_gather(stream.skipped)
     merged = {name: reason for part in parts for name, reason in part.items()}
     return tuple(sorted(merged.items()))
-
-

@@ -1,4 +1,165 @@
+"""Mask predictor rows: per-pixel logistic regression on the last feature map of the mask head.
+
+S   side of the predicted mask
+C   channels under the predictor
+"""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
 
-def fit_masks(*a): raise NotImplementedError
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Boxes, pairwise_iou
+from torch import nn
+
+from .boxes import BYTES
+from .images import ImageStream, View
+from .options import FitSettings, PartReport
+from .reservoir import Reservoir, sample_view
+from .rows import RowWriter, Solution
+from .rpn import KEEP_LOSS, inputs_of, proposals_of
+from .sharing import gathered, on_rank_zero
+from .solvers import Frame, Targets, choose_penalty, logistic_rows
+
+REGIONS_PER_VIEW, PIXELS_PER_REGION = 32, 48
+
+
+def why_not(roi_heads: Any, writer: RowWriter, name: str) -> str | None:
+    """Why a mask head cannot be solved; ``None`` where it can."""
+    predictor = getattr(roi_heads.mask_head, "predictor", None)
+    if not isinstance(predictor, nn.Conv2d) or predictor.kernel_size != (1, 1):
+        return "its predictor is not a 1x1 convolution"
+    if f"{name}.mask_head.predictor.weight" not in writer.layouts or not hasattr(roi_heads.mask_head, "layers"):
+        return "where its classes are is not known"
+    if len(writer.open_rows(f"{name}.mask_head.predictor.weight")) == 0:
+        return "one mask for all classes serves carried ones too"
+    return None
+
+
+def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+    """Pixels of regions on objects: the features under the predictor, and whether the pixel is the object's."""
+    roi_heads = model.roi_heads
+    width = roi_heads.mask_head.predictor.in_channels
+    reservoir = Reservoir({}, max(1, min(settings.regions, BYTES // (4 * width))))
+    for view in views:
+        truth = view.truth
+        if not truth.has("gt_masks") or len(truth) == 0:
+            continue
+        boxes = Boxes.cat([proposals_of(model.proposal_generator, view, settings.proposals), truth.gt_boxes])
+        overlap, matched = pairwise_iou(boxes, truth.gt_boxes).max(dim=1)
+        near = (overlap >= 0.5).nonzero()[:, 0]
+        near = near[sample_view(view.key, len(near), REGIONS_PER_VIEW)[0].to(near.device)]
+        if len(near) == 0:
+            continue
+        boxes, matched = boxes[near], matched[near]
+        with inputs_of(roi_heads.mask_head.predictor) as seen:
+            roi_heads.mask_head.layers(_mask_features(roi_heads, view, boxes))
+        x = seen[0].float()
+        inside = truth.gt_masks[matched].crop_and_resize(boxes.tensor, x.shape[-1]).to(x.device)
+        x = x.flatten(2).transpose(1, 2)
+        pixels = torch.stack([
+            sample_view(view.key + i, x.shape[1], PIXELS_PER_REGION)[0] for i in range(len(boxes))
+        ]).to(x.device)  # fmt: skip
+        x = x.gather(1, pixels[:, :, None].expand(-1, -1, x.shape[2]))
+        label = truth.gt_classes[matched][:, None].expand(-1, pixels.shape[1]).flatten()
+        reservoir.add(
+            view.key, view.number, label,
+            {"x": x.flatten(0, 1), "inside": inside.flatten(1).gather(1, pixels).flatten().float(), "label": label},
+        )  # fmt: skip
+    return reservoir
+
+
+def _mask_features(roi_heads: Any, view: View, boxes: Boxes) -> torch.Tensor:
+    if hasattr(roi_heads, "_shared_roi_transform"):
+        features = [view.features[name] for name in roi_heads.in_features]
+        return roi_heads._shared_roi_transform(features, [boxes])  # type: ignore[no-any-return]
+    features = [view.features[name] for name in roi_heads.mask_in_features]
+    return roi_heads.mask_pooler(features, [boxes])  # type: ignore[no-any-return]
+
+
+def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, settings: FitSettings) -> PartReport:
+    """Solve the mask predictor: one solution for all classes, then each new class toward it.
+
+    Args:
+        model: a ``GeneralizedRCNN`` with masks.
+        name: of its ROI heads.
+        stream: the images; mirrored ones are not used.
+        writer: knows the new classes; writes and undoes.
+        settings: how.
+    """
+    part = f"{name}.mask_head.predictor"
+    problem = why_not(model.roi_heads, writer, name) if "mask" in settings.parts else "FIT.PARTS leaves it out"
+    if problem is not None:
+        return PartReport(part, "kept", problem)
+    sample = gathered(collect(model, stream.views("masks", mirror=False), settings))
+    device = model.roi_heads.mask_head.predictor.weight.device
+
+    def work() -> tuple[list[Solution], PartReport]:
+        shown = set(sample["label"].tolist()) if sample else set()
+        seen = [k for k in writer.new["thing"] if k in shown]
+        if not seen:
+            return [], PartReport(part, "kept", "no image shows a mask of a new class")
+        held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
+        placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
+        solutions, penalty = _solve(part, placed, seen, writer, settings)
+        penalties = {"predictor": penalty}
+        return solutions, PartReport(part, "solved", f"{len(seen)} new classes", len(sample["weight"]), 0, penalties)
+
+    solutions, report = on_rank_zero(work, part)
+    writer.write(solutions)
+    return report
+
+
+def _solve(
+    part: str, sample: dict[str, torch.Tensor], seen: list[int], writer: RowWriter, settings: FitSettings
+) -> tuple[list[Solution], float]:
+    layout = writer.layouts[f"{part}.weight"]
+    weight, bias = writer.value(f"{part}.weight").to(sample["x"].device), writer.value(f"{part}.bias").to(sample["x"])
+    label, inside = sample["label"], sample["inside"][:, None]
+    new = torch.isin(label, torch.tensor(seen, device=label.device))
+    frame = Frame.of(sample["x"])
+    z, weights = frame.apply(sample["x"]), sample["weight"].to(sample["x"])[:, None]
+
+    def targets(rows: torch.Tensor) -> Targets:
+        own, strength = inside[rows], weights[rows]
+        return lambda piece: (own[piece], strength[piece])
+
+    def solve(rows: torch.Tensor, penalty: float, toward: torch.Tensor) -> torch.Tensor:
+        return logistic_rows(z[rows], targets(rows), penalty, prior=toward)
+
+    old = frame.solution(weight.flatten(1), bias)
+    carried = list(writer.carried("thing"))
+    # Carried classes' mean is a mask regressor that somebody trained; an agnostic one leans on itself.
+    prior = old[:, carried].mean(1, keepdim=True) if carried else torch.zeros_like(old[:, :1])
+    prior = old if layout.agnostic else prior
+    held, rest = sample["held"] & new, ~sample["held"] & new
+
+    def loss(solution: torch.Tensor) -> float:
+        logits = z[held] @ solution
+        losses = F.softplus(logits) - inside[held] * logits
+        return float((weights[held] * losses).sum() / weights[held].sum())
+
+    penalty = settings.penalties[len(settings.penalties) // 2]
+    if held.any() and rest.any():
+        penalty, _ = choose_penalty(
+            settings.penalties, lambda p, _: solve(rest, p, prior), loss, loss(prior), KEEP_LOSS
+        )
+    shared = solve(new, penalty, prior)
+    if layout.agnostic:
+        rows, found = torch.arange(1), [shared]
+    else:
+        rows = layout.rows(seen, weight.shape[0])
+        # A class of few pixels stays near the shared solution: its penalty counts for as many as all have together.
+        total = float(weights[new].sum())
+        found = []
+        for k in seen:
+            own = label == k
+            found.append(solve(own, penalty * total / float(weights[own].sum()), shared))
+    pairs = [frame.rows(solution) for solution in found]
+    values = torch.cat([w for w, _ in pairs]).reshape(-1, *weight.shape[1:])
+    return [
+        Solution(f"{part}.weight", rows, values.cpu()),
+        Solution(f"{part}.bias", rows, torch.cat([b for _, b in pairs]).cpu()),
+    ], penalty  # fmt: skip

@@ -21,7 +21,8 @@ class FitSettings:
         images: at most so many training images are looked at, those with rare classes first.
         mirror: look at every image a second time, mirrored left to right.
         regions: at most so many regions (anchor cells, pixels) are kept in memory for one solve. Half of them may
-            belong to no class; the classes share the other half, rare ones whole. 60,000 regions of 1,024 features are 250 MB.
+            belong to no class; the classes share the other half, rare ones whole.
+            60,000 regions of 1,024 features are 250 MB; no sample takes more than 1 GB.
         proposals: so many of the best proposals of an image become regions, beside its own boxes.
         parts: which heads may be solved, of ``rpn``, ``box``, ``mask`` and ``dense`` (RetinaNet).
         rpn: re-solve the RPN's last layer ``always``, ``never``, or where held-out recall rises by it (``auto``). With

@@ -24,7 +24,7 @@ def image_key(seed: int, name: str) -> int:
 
 def region_keys(base: int, numbers: torch.Tensor) -> torch.Tensor:
     """Keys (n,), int64, not negative, of the regions ``numbers`` (n,) of an image: splitmix64, Steele et al. 2014."""
-    x = np.uint64(base) + numbers.cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = np.uint64(base % 2**64) + numbers.cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))

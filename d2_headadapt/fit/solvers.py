@@ -70,7 +70,7 @@ def softmax_rows(
     columns: int,
     fixed: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
-    steps: int = 60,
+    steps: int = 40,
 ) -> torch.Tensor:
     """Multinomial logistic regression by L-BFGS: mean cross entropy + penalty / 2 |solution|^2.
 
@@ -109,7 +109,7 @@ def logistic_rows(
     *,
     prior: torch.Tensor,
     start: torch.Tensor | None = None,
-    steps: int = 60,
+    steps: int = 40,
 ) -> torch.Tensor:
     """C independent logistic regressions by L-BFGS: mean cross entropy + penalty / 2 |solution - prior|^2.
 
@@ -219,8 +219,8 @@ def choose_penalty(
     for penalty in penalties:
         solution = solve(penalty, solution)
         losses.append(loss(solution))
-        # Weaker penalties after a clear turn only overfit further.
-        if losses[-1] > min(losses) + 0.02 * abs(none - min(losses)):
+        # After a turn, or without more to gain, weaker penalties cost time and norm only.
+        if len(losses) > 1 and losses[-2] - losses[-1] < 0.5 * (1 - share) * (none - min(losses)):
             break
     gain = none - min(losses)
     if gain <= 0:
