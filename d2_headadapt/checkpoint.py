@@ -198,7 +198,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.logger.info("Plan of %s:\n%s", self._origin, plan_table(plan, summary=False))
         for notice in plan_notices(plan):
             if notice.level == "unverified":
-                self.logger.warning("%s: %s Type %s.", notice.what, notice.why, notice.type_this)
+                self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
         self.logger.info("%s", summary_line(plan))
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:

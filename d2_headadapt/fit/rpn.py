@@ -24,7 +24,7 @@ from .solvers import Frame, choose_penalty, logistic_rows, ridge_rows
 
 OBJECT, CLUTTER = 1, 0
 """Strata: cells where some anchor is an object, and all others."""
-KEEP_LOSS, KEEP_BOX = 0.98, 0.8
+KEEP_LOSS, KEEP_BOX = 0.98, 0.9
 """Share of the best held-out gain that a stronger penalty must keep, for classifiers and for box regressors."""
 CELLS_PER_VIEW = 512
 
