@@ -25,11 +25,13 @@ from .moments import adapt_averages
 from .plan import AdaptPlan
 from .provenance import KEY, Provenance, optimizer_names
 from .ranks import agree, compare, readable_everywhere, share_new_rows
-from .report import plan_notices, plan_table, summary_line
+from .report import plan_json, plan_notices, plan_table, summary_line
 from .resuming import adapt_resume, find_optimizer
 from .settings import AdaptSettings, settings_of
 
 logger = logging.getLogger(__name__)
+PLAN_FILE = "head_adapt_plan.json"
+"""Beside a run's checkpoints: what its last load did."""
 
 
 class HeadAdaptCheckpointer(DetectionCheckpointer):
@@ -200,6 +202,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             if notice.level == "unverified":
                 self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
         self.logger.info("%s", summary_line(plan))
+        if self.save_to_disk and os.path.isdir(self.save_dir):
+            write_text(os.path.join(self.save_dir, PLAN_FILE), plan_json(plan))
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         """The plan's table has said it already."""

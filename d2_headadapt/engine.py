@@ -43,8 +43,7 @@ from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import load_config, registered_names, resolve_config
 from .errors import DatasetError, HeadAdaptError, PlanRefused
-from .files import write_text
-from .report import plan_json, plan_markdown
+from .report import plan_markdown
 from .selecting import freeze
 from .settings import AdaptSettings, attach_settings, with_keys
 
@@ -138,7 +137,6 @@ class Trainer(DefaultTrainer):
         plan = self.checkpointer.plan
         if plan is not None and comm.is_main_process():
             # What happened to the weights belongs to the run's record, where people look at its curves.
-            write_text(os.path.join(self.cfg.OUTPUT_DIR, "head_adapt_plan.json"), plan_json(plan))
             self.storage.put_scalar("head_adapt/coverage", plan.coverage, smoothing_hint=False)
             with SummaryWriter(self.cfg.OUTPUT_DIR) as writer:
                 writer.add_text("head_adapt/plan", plan_markdown(plan), self.start_iter)

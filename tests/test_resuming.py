@@ -16,6 +16,7 @@ from helpers.models import state_of, tiny_cfg
 from d2_headadapt.configuring import resolve_config
 from d2_headadapt.engine import Trainer
 from d2_headadapt.errors import ResumeError
+from d2_headadapt.plan import AdaptPlan
 
 OLD = ["cat", "dog", "cow", "pig"]
 NEW = ["pig", "owl", "cat"]
@@ -145,10 +146,29 @@ def test_nothing_left_to_train_and_shadowed_weights_are_said(tmp_path: Path) -> 
     trainer = Trainer(cfg)
     with logged("d2_headadapt") as records:
         trainer.resume_or_load(resume=True)
-    assert "Nothing is left to train: 2 of SOLVER.MAX_ITER 2 iterations are done. Set SOLVER.MAX_ITER higher." in texts(records)
+    assert "Nothing is left to train: 2 of SOLVER.MAX_ITER 2 iterations are done." in texts(records)
+    assert "Set SOLVER.MAX_ITER higher." in texts(records)
     assert f"MODEL.WEIGHTS {tmp_path / 'elsewhere.pth'} is not read" in texts(records)
     assert [r.levelno for r in records if "Nothing is left" in r.getMessage()] == [logging.WARNING]
     assert first.iter == 2
+
+
+def test_the_plan_is_beside_the_checkpoints_and_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(Trainer, cfg_for(tmp_path, OLD, 1), resume=False)
+    weights = tmp_path / "old.pth"
+    (tmp_path / "out" / "model_final.pth").rename(weights)
+    cfg = cfg_for(tmp_path, NEW, 1).clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(weights), str(tmp_path / "second")
+    cfg.freeze()
+    train(Trainer, cfg, resume=False)
+    plan = AdaptPlan.from_json((tmp_path / "second" / "head_adapt_plan.json").read_text())
+    assert plan.new_classes() == {"thing": ("owl",)}
+    texts_of = [EventAccumulator(str(path)).Reload() for path in (tmp_path / "second").glob("events.*")]
+    found = [e.Tensors(tag)[0] for e in texts_of for tag in e.Tags()["tensors"] if tag.startswith("head_adapt/plan")]
+    assert len(found) == 1 and b"owl" in found[0].tensor_proto.string_val[0]
 
 
 def test_a_failure_while_the_optimizer_is_loaded_leaves_model_and_optimizer_as_they_were(
