@@ -112,16 +112,14 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """Put model and checkpointables back where something fails after the first of them was written to."""
-        if not self._resumes and comm.get_world_size() == 1:
-            # The model is written to last, by one call that cannot fail half-way.
-            yield
-            return
         model = {name: value.clone() for name, value in self.model.state_dict().items()}
-        others = {name: copy.deepcopy(value.state_dict()) for name, value in self.checkpointables.items()}
+        others = {n: copy.deepcopy(v.state_dict()) for n, v in self.checkpointables.items() if n in self._resumes}
         try:
             yield
         except BaseException:
-            self.model.load_state_dict(model)
+            # Not by load_state_dict: a hook of a user's module may be what failed.
+            for name, value in self.model.state_dict().items():
+                value.copy_(model[name])
             for name, state in others.items():
                 self.checkpointables[name].load_state_dict(state)
             raise

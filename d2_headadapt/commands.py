@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -26,6 +28,7 @@ def plan(args: argparse.Namespace) -> int:
     """Print what loading would do. Reads names and shapes, not values."""
     cfg, settings = _configure(args)
     path = _weights(args, cfg)
+    _not_an_input([args.json, args.html], path)
     made = plan_file(path, build_on_meta(cfg), settings)
     text = plan_table(made, every_tensor=args.all)
     if args.json == "-":
@@ -39,6 +42,15 @@ def plan(args: argparse.Namespace) -> int:
         write_text(args.html, plan_html(made, notes=notes))
     refuse_plan(made, settings.min_coverage, path)
     return 0
+
+
+def _not_an_input(paths: Sequence[str | None], weights: str) -> None:
+    """Refuse to write a report over the checkpoint that it is about."""
+    for path in paths:
+        if path and path != "-" and os.path.realpath(path) == os.path.realpath(weights.partition("?")[0]):
+            raise UsageError(
+                path, expected="an output that is not the checkpoint", found="the same file", fix="Name another output."
+            )
 
 
 def adapt(args: argparse.Namespace) -> int:

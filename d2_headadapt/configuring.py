@@ -13,12 +13,12 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from .classes import did_you_mean
+from .classes import ClassTable, did_you_mean
 from .components import add_component_keys, import_components
 from .config import add_headadapt_config
-from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets
-from .errors import ConfigError
-from .settings import AdaptSettings, apply_num_classes
+from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
+from .errors import ConfigError, DatasetError
+from .settings import SUFFIXES, AdaptSettings, apply_num_classes
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,11 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
         HeadAdaptError: a dataset, class table or key that cannot be used.
     """
     register_datasets(cfg.DATASETS.REGISTER)
-    settings = AdaptSettings.from_config(cfg)
+    named = [s for s, suffix in SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
+    # Who names the classes needs no dataset to plan on a file.
+    settings = AdaptSettings.from_config(cfg, registered_only=bool(named) and not reads_labels)
+    for space in named if not reads_labels else ():
+        _say_what_wins(cfg, settings.target[space], space)
     if reads_labels:
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             for space, table in settings.target.items():
@@ -101,6 +105,20 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return settings
+
+
+def _say_what_wins(cfg: CfgNode, target: ClassTable, space: str) -> None:
+    try:
+        trained = training_table(cfg.DATASETS.TRAIN, space)
+    except DatasetError:
+        return
+    if trained is not None and trained != target:
+        logger.info(
+            "MODEL.HEAD_ADAPT.TARGET_CLASSES%s (%d classes) wins over the %d classes of DATASETS.TRAIN.",
+            SUFFIXES[space],
+            len(target),
+            len(trained),
+        )
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor
 from detectron2.utils.file_io import PathManager
 from helpers.files import HEAD, Runs, content, logged, save_stock, stock_warnings, texts, to_caffe2
-from helpers.models import model_of, names, same_bits, state_of, stock_model
+from helpers.models import model_of, names, same_bits, state_of, stock_model, tiny_cfg
 from torch import nn
 
 import d2_headadapt.checkpoint
@@ -463,6 +464,45 @@ def test_an_alias_to_a_name_that_does_not_exist_leaves_the_model(
     with pytest.raises(ClassTableError, match=words):
         HeadAdaptCheckpointer(model).load(stock_file)
     assert same_bits(before, state_of(model))
+
+
+def test_a_users_module_that_fails_half_way_leaves_no_trace(stock_file: str) -> None:
+    """Modules may convert old formats while they load, and fail after others were written to."""
+    model = model_of(MIXED, seed=2, masks=True, SOURCE_CLASSES=FIVE)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("an old format")
+
+    hook = model.roi_heads.mask_head.register_load_state_dict_pre_hook(fail)
+    before = state_of(model)
+    checkpointer = HeadAdaptCheckpointer(model)
+    with pytest.raises(RuntimeError, match="an old format"):
+        checkpointer.load(stock_file)
+    assert same_bits(before, state_of(model))
+    hook.remove()
+    checkpointer.load(stock_file)
+    assert not same_bits(before, state_of(model))
+
+
+def test_a_half_precision_model_stays_one(source: nn.Module, stock_file: str) -> None:
+    model = model_of(MIXED, seed=2, masks=True, SOURCE_CLASSES=FIVE).half()
+    HeadAdaptCheckpointer(model).load(stock_file)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    half = {name: value.half() for name, value in state_of(source).items()}
+    assert carried_by_name(half, FIVE, state_of(model), MIXED)
+
+
+def test_stocks_predictor_reads_our_file_without_a_word(tmp_path: Path) -> None:
+    """Deployment code knows nothing of this package but the import."""
+    model = model_of(FIVE, seed=4)
+    HeadAdaptCheckpointer(model, str(tmp_path)).save("p")
+    cfg = tiny_cfg(masks=False)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "p.pth")
+    cfg.DATASETS.TEST = ()
+    with logged("fvcore", "detectron2") as said:
+        predictor = DefaultPredictor(cfg)
+    assert [r for r in said if r.levelno >= logging.WARNING] == []
+    assert same_bits(state_of(predictor.model), state_of(model))
 
 
 class Unwilling:

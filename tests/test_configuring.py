@@ -183,10 +183,27 @@ def test_a_test_set_with_another_list_is_an_error(trees: Path) -> None:
 def test_target_classes_that_differ_from_the_training_set_are_an_error_where_labels_are_read(trees: Path) -> None:
     """Label 0 would be trained into the row of another class. Planning on a file reads no label."""
     opts = ["MODEL.HEAD_ADAPT.TARGET_CLASSES", "['dog', 'cat']"]
-    with pytest.raises(DatasetError, match="DATASETS.TRAIN: .*another order in d2ha_b"):
+    with pytest.raises(DatasetError, match=r"DATASETS.TRAIN: .*another order in d2ha_b"):
         resolve_config(load_config(str(trees / "base" / "base.yaml"), opts))
     settings = resolve_config(load_config(str(trees / "base" / "base.yaml"), opts), reads_labels=False)
     assert settings.target["thing"].names == ("dog", "cat")
+
+
+def test_planning_on_a_file_needs_no_dataset_where_the_classes_are_named() -> None:
+    """Somebody plans on a laptop that has none of the data; every other label space asks for nothing either."""
+    opts = ["DATASETS.TRAIN", "('nobody_registered_this',)", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "['cat']"]
+    assert resolve_config(load_config("", opts), reads_labels=False).target["thing"].names == ("cat",)
+    with pytest.raises(DatasetError, match="nobody_registered_this"):
+        resolve_config(load_config("", opts))
+
+
+def test_target_classes_that_win_are_one_line(trees: Path) -> None:
+    for classes, count in (("['eel']", 1), ("['cat', 'dog']", 0)):
+        cfg = load_config(str(trees / "base" / "base.yaml"), ["MODEL.HEAD_ADAPT.TARGET_CLASSES", classes])
+        with logged("d2_headadapt") as said:
+            resolve_config(cfg, reads_labels=False)
+        line = "MODEL.HEAD_ADAPT.TARGET_CLASSES (1 classes) wins over the 2 classes of DATASETS.TRAIN."
+        assert texts(said).count(line) == count
 
 
 def test_num_classes_is_settled_before_the_config_is_frozen_and_said(trees: Path) -> None:

@@ -22,7 +22,7 @@ config classes layouts
 vocabularies categories entries datasets settings
 layout_registry detectron2_layouts
 surgery plan groups planning
-report report_html
+report class_picture report_html
 files.arrays files.pickle_machine files.unpickling files.torchzip files.torch_tensors files.torchfile
 files.safetensor_files files.saving files
 names selecting provenance
@@ -30,7 +30,7 @@ moments ranks resuming
 predictor roi_heads
 loading checkpoint
 fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.rpn fit.dense fit.scores fit.boxes fit.masks
-fit.entry fit
+fit.entry fit.training fit
 components configuring
 engine commands cli
 __init__ __main__
@@ -121,7 +121,8 @@ def test_a_module_imports_only_what_is_above_it(sources: dict[str, str]) -> None
     ],
 )
 def test_mutation_an_upward_import_is_seen(module: str, line: str, found: str, sources: dict[str, str]) -> None:
-    assert wrong_imports({**sources, module: f"{sources[module]}\n{line}\n"}, rooms()) == [found]
+    spoilt = wrong_imports({**sources, module: f"{sources[module]}\n{line}\n"}, rooms())
+    assert set(spoilt) - set(wrong_imports(sources, rooms())) == {found}
 
 
 def test_nothing_but_config_declares_keys(sources: dict[str, str]) -> None:
