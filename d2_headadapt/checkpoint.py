@@ -90,12 +90,13 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             return dict(super().load(path, checkpointables) or {})
         local = "://" not in path
         file, _, query = path.partition("?")
+        own = bool(self.save_dir) and self.has_checkpoint() and path == self.get_checkpoint_file()
         if comm.get_world_size() == 1:
-            check_exists(path)
+            check_exists(path, own_file=own)
         self._origin = path
         self._resumes = set(self.checkpointables if checkpointables is None else checkpointables)
         self._agreed = False
-        self._own_file = bool(self.save_dir) and self.has_checkpoint() and path == self.get_checkpoint_file()
+        self._own_file = own
         try:
             with readable_everywhere(file, not local or os.path.isfile(file)) as readable, self._as_it_was():
                 return dict(super().load(f"{readable}?{query}" if query else readable, checkpointables))
@@ -112,14 +113,18 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         """Put model and checkpointables back where something fails after the first of them was written to."""
-        model = {name: value.clone() for name, value in self.model.state_dict().items()}
+        # A copy of the model costs as much memory as the model, so it is made only where something may fail after the
+        # model was written to: other state to load, other ranks to agree with, or a loading hook of somebody else's.
+        needed = bool(self._resumes) or comm.get_world_size() > 1 or has_foreign_hooks(self.model)
+        tensors = {name: value for name, value in self.model.state_dict().items() if torch.is_tensor(value)}
+        model = {name: value.clone() for name, value in tensors.items()} if needed else {}
         others = {n: copy.deepcopy(v.state_dict()) for n, v in self.checkpointables.items() if n in self._resumes}
         try:
             yield
         except BaseException:
             # Not by load_state_dict: a hook of a user's module may be what failed.
-            for name, value in self.model.state_dict().items():
-                value.copy_(model[name])
+            for name, value in model.items():
+                tensors[name].copy_(value)
             for name, state in others.items():
                 self.checkpointables[name].load_state_dict(state)
             raise
@@ -181,6 +186,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         if self.settings.verify_file:
             verify_tensors(path, {t.name: settled.tensors[t.name] for t in plan.by_action("copied", "carried")})
         state = OrderedDict(plan.apply(settled.tensors, model_state))
+        # What a module keeps beside its tensors (`_extra_state`) has no classes.
+        state.update({n: v for n, v in settled.tensors.items() if n in state and not torch.is_tensor(v)})
         adapt_averages(checkpoint, plan, state)
         if hasattr(stored, "_metadata"):
             # Modules convert old formats by the version numbers in it.
@@ -251,6 +258,20 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         optimizer = find_optimizer(self.checkpointables)
         names = optimizer_names(optimizer, dict(self.model.named_parameters())) if optimizer is not None else ()
         return Provenance(fitting, layouts, names, self.untrained)
+
+
+def has_foreign_hooks(model: nn.Module) -> bool:
+    """Whether a module that is neither torch's nor detectron2's takes part in loading, and so may raise half-way."""
+    known = ("torch.", "detectron2.", "d2_headadapt.")
+    return any(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or (
+            type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+            and not type(module)._load_from_state_dict.__module__.startswith(known)
+        )
+        for module in model.modules()
+    )
 
 
 def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:

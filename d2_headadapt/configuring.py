@@ -17,7 +17,7 @@ from .classes import ClassTable, did_you_mean
 from .components import add_component_keys, import_components
 from .config import add_headadapt_config
 from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
-from .errors import ConfigError, DatasetError
+from .errors import ConfigError, DatasetError, UsageError
 from .settings import SUFFIXES, AdaptSettings, apply_num_classes
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
         _merge(reader, config_file, lambda: reader.merge_from_file(config_file))
         cfg = CfgNode(reader)
     if len(opts) % 2:
-        raise ConfigError(
+        raise UsageError(
             "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."
         )
     for key, value in zip(opts[::2], opts[1::2], strict=True):

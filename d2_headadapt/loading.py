@@ -30,17 +30,23 @@ from .vocabularies import zoo_tables
 logger = logging.getLogger(__name__)
 
 
-def check_exists(path: str) -> None:
-    """Raise for a local path that is no file, with the nearest names of its folder."""
+def check_exists(path: str, *, own_file: bool = False) -> None:
+    """Raise for a local path that is no file, with the nearest names of its folder.
+
+    Args:
+        path: the path, with or without a query.
+        own_file: it is what this run's ``last_checkpoint`` names.
+    """
     local = path.partition("?")[0]
     if "://" in local or os.path.isfile(local):
         return
     folder, name = os.path.split(local)
     near = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
     found = "a folder" if os.path.isdir(local) else "no such file"
-    raise CheckpointFileError(
-        local, expected="a checkpoint file", found=found, fix=f"Correct MODEL.WEIGHTS.{did_you_mean(name, near)}"
-    )
+    fix = "Correct MODEL.WEIGHTS."
+    if own_file:
+        fix = f"Write the name of a checkpoint of {folder} into its last_checkpoint, or start without --resume."
+    raise CheckpointFileError(local, expected="a checkpoint file", found=found, fix=f"{fix}{did_you_mean(name, near)}")
 
 
 def not_fetched(path: str, exc: BaseException) -> CheckpointFileError:

@@ -127,7 +127,9 @@ def compare(state: Mapping[str, torch.Tensor], where: str) -> None:
     """
     if comm.get_world_size() == 1:
         return
-    digests: list[dict[str, str]] = comm.all_gather({name: digest(value) for name, value in state.items()})
+    digests: list[dict[str, str]] = comm.all_gather(
+        {name: digest(value) for name, value in state.items() if torch.is_tensor(value)}
+    )
     for rank, other in enumerate(digests):
         for name, value in digests[0].items():
             if other.get(name) != value:

@@ -619,3 +619,34 @@ def test_the_model_keeps_none_of_the_files_memory(stock_file: str, tmp_path: Pat
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
     assert same_bits(before, state_of(model))
+
+
+class WithExtraState(nn.Module):
+    """A module that keeps something beside its tensors, as quantisation and third-party layers do."""
+
+    def __init__(self, note: str) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.note = note
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.note = state["note"]
+
+
+def test_extra_state_of_a_module_goes_and_comes_with_the_file(tmp_path: Path) -> None:
+    HeadAdaptCheckpointer(WithExtraState("written"), str(tmp_path)).save("model")
+    model = WithExtraState("other")
+    HeadAdaptCheckpointer(model).load(str(tmp_path / "model.pth"))
+    assert model.note == "written"
+
+
+def test_a_last_checkpoint_that_names_a_deleted_file_says_what_to_do(tmp_path: Path) -> None:
+    model = WithExtraState("written")
+    checkpointer = HeadAdaptCheckpointer(model, str(tmp_path))
+    checkpointer.save("model")
+    (tmp_path / "model.pth").rename(tmp_path / "model_2.pth")
+    with pytest.raises(CheckpointFileError, match=r"into its last_checkpoint, or start without --resume.*model_2.pth"):
+        checkpointer.resume_or_load("", resume=True)

@@ -15,7 +15,7 @@ from helpers.datasets import write_coco
 from helpers.files import logged, texts
 
 from d2_headadapt.configuring import PathAwareCfgNode, all_keys, load_config, resolve_config
-from d2_headadapt.errors import ConfigError, DatasetError
+from d2_headadapt.errors import ConfigError, DatasetError, HeadAdaptError
 
 
 def write(path: Path, content: Any) -> str:
@@ -157,8 +157,9 @@ def test_a_missing_yaml_is_one_error(path: str) -> None:
     ],
 )
 def test_an_override_that_cannot_be_used_is_one_error(opts: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=f"command line: .*{words}"):
+    with pytest.raises(HeadAdaptError, match=f"command line: .*{words}") as caught:
         load_config("", opts)
+    assert caught.value.exit_code == (2 if len(opts) % 2 else 1)
 
 
 def test_an_unregistered_dataset_names_the_nearest_with_and_without_labels() -> None:

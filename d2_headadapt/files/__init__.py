@@ -116,8 +116,8 @@ def named_tensors(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, without touching a value."""
-    return {name: tuple(value.shape) for name, value in state.items()}
+    """Name -> shape, without touching a value; what is no tensor (``_extra_state``) has none."""
+    return {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}
 
 
 def _head(path: str) -> bytes:
@@ -228,6 +228,8 @@ def _check_model(path: str, model: Any) -> None:
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta or value.is_quantized:
                 _refuse(path, f"a sparse, quantised or empty-handed tensor {_short(name)}", "Save dense tensors.")
+        elif name.endswith("_extra_state"):
+            continue
         elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
             model[name] = np.asarray(value, value.dtype.newbyteorder("="))
         else:
