@@ -294,6 +294,9 @@ def _in_torchrun(run: Callable[[argparse.Namespace], Any], args: argparse.Namesp
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return run(args)
+        result = run(args)
+        # Nobody tears the group down while another process still talks in it.
+        comm.synchronize()
+        return result
     finally:
         torch.distributed.destroy_process_group()

@@ -147,7 +147,7 @@ def test_deeplab_is_covered(head: str) -> None:
     cfg.MODEL.SEM_SEG_HEAD.NAME = head
     cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res5"] if head == "DeepLabV3PlusHead" else ["res5"]
     cfg.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS, cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 32, 32
-    cfg.MODEL.SEM_SEG_HEAD.PROJECT_FEATURES, cfg.MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS = ["res2"], [16]
+    cfg.MODEL.SEM_SEG_HEAD.PROJECT_FEATURES, cfg.MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS = ["res2"], [32]
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, "absolute", [512, 512]
     check_law(build_on_meta(cfg, 80), build_on_meta(cfg, 5))
 
