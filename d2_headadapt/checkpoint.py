@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from .errors import HeadAdaptError
+from .errors import CheckpointFileError, HeadAdaptError
 from .files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
 from .layout_registry import layouts_of
 from .loading import asks_heuristics, check_exists, not_fetched, plan_load, refuse_plan, settle_checkpoint
@@ -145,10 +145,12 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         except HeadAdaptError as exc:
             error = exc
         self._agree(error)
+        self._write_plan(plan)
+        untrained = untrained_classes(plan, known)
         self.model.load_state_dict(state)
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._origin)
-        self._remember(plan, known)
+        self._remember(plan, untrained)
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
             unexpected_keys=[t.name for t in plan.by_action("dropped")],
@@ -175,6 +177,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             settings = replace(settings, source={}, initialise=frozenset(), include=(), exclude=(), rename=())
         settled = settle_checkpoint(stored, model_state, checkpoint, settings)
         plan = plan_load(settled, self.model, settings, known, self._origin)
+        self._say(plan)
         refuse_plan(plan, settings.min_coverage, self._origin)
         resumed = {key: checkpoint[key] for key in sorted(self._resumes & checkpoint.keys())}
         if resumed:
@@ -194,12 +197,15 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             state._metadata = stored._metadata  # type: ignore[attr-defined]
         return state, plan, known
 
-    def _remember(self, plan: AdaptPlan, known: Provenance) -> None:
+    def _remember(self, plan: AdaptPlan, untrained: dict[str, tuple[str, ...]]) -> None:
         self.plan = plan
-        self.untrained = untrained_classes(plan, known)
+        self.untrained = untrained
         for module in self.model.modules():
             if hasattr(module, "class_table") and "thing" in plan.target:
                 module.class_table = plan.target["thing"]
+
+    def _say(self, plan: AdaptPlan) -> None:
+        """What will happen, before anything does."""
         if not self._told:
             self.logger.info("No class tables are attached to the model: heads are loaded as stock detectron2 does.")
         self.logger.info("Plan of %s:\n%s", self._origin, plan_table(plan, summary=False))
@@ -207,8 +213,14 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             if notice.level == "unverified":
                 self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
         self.logger.info("%s", summary_line(plan))
+
+    def _write_plan(self, plan: AdaptPlan) -> None:
         if self.save_to_disk and os.path.isdir(self.save_dir):
-            write_text(os.path.join(self.save_dir, PLAN_FILE), plan_json(plan))
+            try:
+                write_text(os.path.join(self.save_dir, PLAN_FILE), plan_json(plan))
+            except CheckpointFileError as exc:
+                # A folder that cannot be written to is no reason not to evaluate a model.
+                self.logger.warning("The plan was not stored: %s", exc)
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
         """The plan's table has said it already."""
