@@ -89,7 +89,8 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 def machine() -> dict[str, Any]:
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     return {
@@ -329,7 +330,7 @@ def render(data: dict[str, Any]) -> str:
             f"| {name}, seconds | {stock['seconds']:.2f} | {ours['seconds']:.2f} | "
             f"{ours['seconds'] / stock['seconds']:.2f} |"
         )
-        for key, label in (("anonymous_bytes", "memory taken"), ("resident_bytes", "resident pages, file cache included")):
+        for key, label in (("anonymous_bytes", "anonymous memory"), ("resident_bytes", "all resident pages")):
             rows.append(
                 f"| {name}, peak growth of {label}, MiB | {stock[key] / 2**20:.0f} | {ours[key] / 2**20:.0f} | "
                 f"{ours[key] / stock[key]:.2f} |"
@@ -344,9 +345,9 @@ def render(data: dict[str, Any]) -> str:
         f"| map 20,000 classes by name, seconds | | {data['names']['seconds']:.3f} | |",
     ]
     head = (
-        f"Measured on {m['date']} at commit {m['commit']}, {m['cores']} cores of {m['cpu']}, Python {m['python']}, torch "
-        f"{m['torch']}; medians of {data['runs']} runs of each arm in turn. Our load includes checking the file's CRC-32 "
-        "and looking for NaN, which stock's does not."
+        f"Measured on {m['date']} at commit {m['commit']}, {m['cores']} cores of {m['cpu']}, Python {m['python']}, "
+        f"torch {m['torch']}; medians of {data['runs']} runs of each arm in turn. Our load includes checking the "
+        "file's CRC-32 and looking for NaN, which stock's does not."
     )
     return "\n".join([head, "", *rows])
 
