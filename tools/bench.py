@@ -271,11 +271,11 @@ def iteration(_: str) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         found = []
         for _image in range(2):
-            truth = Instances((320, 480))
-            corner = torch.rand(6, 2, generator=generator) * 200
+            truth = Instances((192, 256))
+            corner = torch.rand(6, 2, generator=generator) * 100
             truth.gt_boxes = Boxes(torch.cat([corner, corner + 30 + 60 * torch.rand(6, 2, generator=generator)], 1))
             truth.gt_classes = torch.randint(0, 80, (6,), generator=generator)
-            found.append({"image": torch.rand(3, 320, 480, generator=generator) * 255, "instances": truth})
+            found.append({"image": torch.rand(3, 192, 256, generator=generator) * 255, "instances": truth})
         return found
 
     steps: dict[str, Callable[[], None]] = {}
