@@ -160,9 +160,8 @@ def _merge(cfg: CfgNode, where: str, merge: Any) -> None:
             where, expected="a yaml file and base files that can be read", found=str(exc), fix="Correct the path."
         ) from exc
     except ValueError as exc:
-        raise ConfigError(
-            where, expected="a value of the key's type", found=str(exc), fix="Correct the value."
-        ) from exc
+        fix = "Correct the value." + (" A list is written [one, two]." if "tuple" in str(exc) else "")
+        raise ConfigError(where, expected="a value of the key's type", found=str(exc), fix=fix) from exc
 
 
 def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

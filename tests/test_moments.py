@@ -1,4 +1,4 @@
-"""Optimizer state and averages under another class list: saved moments stay with their class, new rows start at zero."""
+"""Optimizer state and averages under another class list: moments stay with their class, new rows start at zero."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def names_of(optimizer: torch.optim.Optimizer, net: nn.Module) -> tuple[tuple[st
     return optimizer_names(optimizer, dict(net.named_parameters()))
 
 
-def check_moments(old: Net, old_optimizer: torch.optim.Optimizer, new: Net, new_optimizer: torch.optim.Optimizer) -> int:
+def check_moments(
+    old: Net, old_optimizer: torch.optim.Optimizer, new: Net, new_optimizer: torch.optim.Optimizer
+) -> int:
     """Every carried row's moments are the saved ones, every new row's zero; returns how many tensors were compared."""
     olds, count = dict(old.named_parameters()), 0
     for name, parameter in new.named_parameters():
@@ -132,7 +134,12 @@ def test_swapped_rows_break_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     old_optimizer, new_optimizer = optimizer_of(old, "sgd"), optimizer_of(new, "sgd")
     trained(old, old_optimizer)
     state = adapt_state(
-        copy.deepcopy(old_optimizer.state_dict()), (), new_optimizer, names_of(new_optimizer, new), plan_of(old, new), ""
+        copy.deepcopy(old_optimizer.state_dict()),
+        (),
+        new_optimizer,
+        names_of(new_optimizer, new),
+        plan_of(old, new),
+        "",
     )
     new_optimizer.load_state_dict(state)
     with pytest.raises(AssertionError):
@@ -158,8 +165,10 @@ def test_without_names_other_group_sizes_are_refused() -> None:
     old, new = Net(4), Net(3, extra_layer=True)
     old_optimizer, new_optimizer = optimizer_of(old, "sgd"), optimizer_of(new, "sgd")
     trained(old, old_optimizer)
-    with pytest.raises(ResumeError, match="optimizer state of f.pth: expected the optimizer groups of this run"):
-        adapt_state(old_optimizer.state_dict(), (), new_optimizer, names_of(new_optimizer, new), plan_of(old, new), "f.pth")
+    with pytest.raises(ResumeError, match=r"optimizer state of f\.pth: expected the optimizer groups of this run"):
+        adapt_state(
+            old_optimizer.state_dict(), (), new_optimizer, names_of(new_optimizer, new), plan_of(old, new), "f.pth"
+        )
 
 
 def test_without_names_a_moment_of_another_shape_is_refused() -> None:
@@ -169,7 +178,9 @@ def test_without_names_a_moment_of_another_shape_is_refused() -> None:
     new_optimizer = optimizer_of(new, "sgd")
     trained(old, old_optimizer)
     with pytest.raises(ResumeError, match=r"expected a moment of shape \(5, 6\) for body.weight"):
-        adapt_state(old_optimizer.state_dict(), (), new_optimizer, names_of(new_optimizer, new), plan_of(old, new), "f.pth")
+        adapt_state(
+            old_optimizer.state_dict(), (), new_optimizer, names_of(new_optimizer, new), plan_of(old, new), "f.pth"
+        )
 
 
 def test_the_saved_state_is_not_written_to() -> None:
@@ -194,7 +205,9 @@ def test_both_of_detectron2s_nestings_are_found() -> None:
 
 @given(st.permutations(range(4)))
 def test_a_schedulers_rates_follow_the_groups(order: list[int]) -> None:
-    saved = {"trainer": {"hooks": {"LRScheduler": {"base_lrs": [0.1, 0.2, 0.3, 0.4], "_last_lr": [1, 2, 3, 4], "n": 7}}}}
+    saved = {
+        "trainer": {"hooks": {"LRScheduler": {"base_lrs": [0.1, 0.2, 0.3, 0.4], "_last_lr": [1, 2, 3, 4], "n": 7}}}
+    }
     out = reorder_scheduler(saved, [*order, None], [9.0] * 5)["trainer"]["hooks"]["LRScheduler"]
     assert out == {
         "base_lrs": [*([0.1, 0.2, 0.3, 0.4][i] for i in order), 9.0],
@@ -219,6 +232,8 @@ def test_averages_go_through_the_same_row_map(wrap: Any, key: str, prefix: str) 
     assert adapt_averages(checkpoint, plan_of(old, new), new.state_dict()) == [key]
     out = checkpoint[key].get("module", checkpoint[key])
     weight = out[f"{prefix}cls.weight"]
-    assert torch.equal(weight[0], average[f"{prefix}cls.weight"][3]) and torch.equal(weight[3], average[f"{prefix}cls.weight"][4])
+    assert torch.equal(weight[0], average[f"{prefix}cls.weight"][3]) and torch.equal(
+        weight[3], average[f"{prefix}cls.weight"][4]
+    )
     assert torch.equal(weight[1], new.cls.weight[1]), "a new row starts where the model's does"
     assert torch.equal(out[f"{prefix}body.weight"], average[f"{prefix}body.weight"])

@@ -59,7 +59,12 @@ def test_frozen_parameters_are_not_trained_and_their_batch_norm_keeps_its_statis
     assert freeze(net, ["0.*", "1.*"]) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert isinstance(net[1], FrozenBatchNorm2d) and isinstance(net[3], nn.BatchNorm2d)
     net(torch.randn(2, 3, 5, 5) + 3).sum().backward()
-    assert [name for name, p in net.named_parameters() if p.grad is not None] == ["2.weight", "2.bias", "3.weight", "3.bias"]
+    assert [name for name, p in net.named_parameters() if p.grad is not None] == [
+        "2.weight",
+        "2.bias",
+        "3.weight",
+        "3.bias",
+    ]
     assert torch.equal(net[1].running_mean, before["1.running_mean"])
     assert not torch.equal(net[3].running_mean, before["3.running_mean"])
 
