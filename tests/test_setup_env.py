@@ -199,8 +199,8 @@ def test_a_complete_environment_is_used_as_it_is(project: Path) -> None:
     [
         ("test", "python -m pytest"),
         ("check", "mypy"),
-        ("demo", "python tools/demo.py"),
-        ("demo-real", "python tools/demo_real.py"),
+        ("demo", "python -W ignore::FutureWarning tools/demo.py"),
+        ("demo-real", "python -W ignore::FutureWarning tools/demo_real.py"),
         ("bench", "python tools/bench.py"),
         ("soak", "python tools/soak.py"),
     ],

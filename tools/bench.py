@@ -55,7 +55,7 @@ def measure(runs: int) -> dict[str, Any]:
     from tqdm import tqdm
 
     data: dict[str, Any] = {"machine": machine(), "runs": runs, "load": {}, "plan": {}}
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(SIZES) * runs * 2 + runs + 2, desc="bench") as bar:
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(SIZES) * runs * 3 + runs + 2, desc="bench") as bar:
 
         def arm(name: str, file: str = "") -> dict[str, float]:
             command = [sys.executable, "-W", "ignore", __file__, "--arm", name, "--file", file]
@@ -69,11 +69,13 @@ def measure(runs: int) -> dict[str, Any]:
         for size in SIZES:
             file = os.path.join(folder, f"{size.replace(' ', '_')}.pth")
             write_checkpoint(size, file)
-            pairs = [(arm("load stock", file), arm("load ours", file)) for _ in range(runs)]
+            names = ("load stock", "load ours", "load ours unverified")
+            turns = [[arm(name, file) for name in names] for _ in range(runs)]
             data["load"][size] = {
                 "bytes": os.path.getsize(file),
-                "stock": medians([pair[0] for pair in pairs]),
-                "ours": medians([pair[1] for pair in pairs]),
+                "stock": medians([turn[0] for turn in turns]),
+                "ours": medians([turn[1] for turn in turns]),
+                "unverified": medians([turn[2] for turn in turns]),
             }
             if size == "1 GB":
                 data["plan"] = {"bytes": os.path.getsize(file), **medians([arm("plan", file) for _ in range(runs)])}
@@ -153,7 +155,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self.stop.wait(0.002):
-            self.peak = tuple(map(max, self.peak, self._now()))
+            self._watch_once()
+
+    def _watch_once(self) -> None:
+        self.peak = tuple(map(max, self.peak, self._now()))
 
     @staticmethod
     def _now() -> tuple[int, ...]:
@@ -187,6 +192,17 @@ def load_ours(file: str) -> dict[str, float]:
     from d2_headadapt import HeadAdaptCheckpointer
 
     return load(HeadAdaptCheckpointer(model_for(file, ours=True)), file)
+
+
+def load_ours_unverified(file: str) -> dict[str, float]:
+    """With ``MODEL.HEAD_ADAPT.VERIFY_FILE False``: no CRC."""
+    from dataclasses import replace
+
+    from d2_headadapt import HeadAdaptCheckpointer
+    from d2_headadapt.settings import settings_of
+
+    model = model_for(file, ours=True)
+    return load(HeadAdaptCheckpointer(model, settings=replace(settings_of(model), verify_file=False)), file)
 
 
 def plan(file: str) -> dict[str, float]:
@@ -310,6 +326,7 @@ def iteration(_: str) -> dict[str, float]:
 ARMS: dict[str, Callable[[str], dict[str, float]]] = {
     "load stock": load_stock,
     "load ours": load_ours,
+    "load ours unverified": load_ours_unverified,
     "plan": plan,
     "names": names,
     "iteration": iteration,
@@ -329,6 +346,10 @@ def render(data: dict[str, Any]) -> str:
         rows.append(
             f"| {name}, seconds | {stock['seconds']:.2f} | {ours['seconds']:.2f} | "
             f"{ours['seconds'] / stock['seconds']:.2f} |"
+        )
+        seconds = entry["unverified"]["seconds"]
+        rows.append(
+            f"| the same with `VERIFY_FILE False`, seconds | | {seconds:.2f} | {seconds / stock['seconds']:.2f} |"
         )
         for key, label in (("anonymous_bytes", "anonymous memory"), ("resident_bytes", "all resident pages")):
             rows.append(

@@ -137,6 +137,8 @@ def _replace(path: str, write: Callable[[str], None]) -> None:
         os.replace(temporary, target)
         with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
             _sync(folder)
+    except CheckpointFileError:
+        raise
     except _SAVE_ERRORS as error:
         raise CheckpointFileError(
             path,
