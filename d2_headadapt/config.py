@@ -57,6 +57,34 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Check the CRC-32 of every record that is taken from a .pth file: torch itself loads a flipped bit silently.
     node.VERIFY_FILE = True
 
+    # Solve the rows of new classes in closed form before iteration 1 (see d2_headadapt/fit). Off: fine-tuning from
+    # solved rows was not yet seen to stay above fine-tuning from initial ones at every iteration.
+    fit = node.FIT = CfgNode()
+    fit.ENABLED = False
+    # At most so many training images are looked at, rare classes first; each also mirrored.
+    fit.IMAGES = 300
+    fit.MIRROR = True
+    # At most so many regions are kept in memory for one solve, and so many of the best proposals of an image are used.
+    fit.REGIONS = 60000
+    fit.PROPOSALS = 100
+    # Heads that may be solved; RPN is "auto" (where held-out recall rises by it), "always" or "never".
+    fit.PARTS = ["rpn", "box", "mask", "dense"]
+    fit.RPN = "auto"
+    # Penalties to choose from by held-out score, strongest first: of classifiers, and of box regressors.
+    fit.PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]
+    fit.BOX_PENALTIES = [3.0, 1.0, 0.3, 0.1, 0.03, 0.01]
+    # Share of the images that choose them.
+    fit.HELD_OUT = 0.2
+    # A region is background up to the first overlap with its object, the object from the second on.
+    fit.SOFT_IOU = [0.4, 0.8]
+    # A region that no label explains is left out where a carried class has at least this probability.
+    fit.CONFIDENT = 0.5
+    # Memory in MB for backbone features between passes, and the fit's own seed.
+    fit.CACHE_MB = 1024
+    fit.SEED = 0
+    # Factor on the gradient of everything below the solved layers during the training that follows.
+    fit.FEATURE_RATE = 0.3
+
     # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.
     node.PREDICTOR = "HeadAdaptOutputLayers"
 

@@ -144,9 +144,12 @@ def fit_boxes(
     reports: list[PartReport] = []
     missing: tuple[int, ...] = ()
     stages = stages_of(model.roi_heads, name)
-    num_classes = writer.num_classes("thing") or 0
     for stage in stages:
+        classifier = f"{stage.name}.cls_score.weight"
+        num_classes = writer.num_classes(classifier)
         problem = why_not(model.roi_heads, stage)
+        if not writer.new(classifier):
+            problem = "no row is new"
         if problem is None and model.proposal_generator is None:
             problem = "the model makes no proposals of its own"
         if problem is not None:
@@ -159,10 +162,11 @@ def fit_boxes(
 
         def work(
             stage: Stage = stage, sample: dict[str, torch.Tensor] = sample, device: torch.device = device,
-            low: float = low, high: float = min(high, 1.0),
+            low: float = low, high: float = min(high, 1.0), num_classes: int = num_classes,
         ) -> tuple[list[Any], PartReport, tuple[int, ...]]:  # fmt: skip
             if not sample:
-                return [], PartReport(stage.name, "kept", "no region was found"), writer.new["thing"]
+                nothing = PartReport(stage.name, "kept", "no region was found")
+                return [], nothing, writer.new(f"{stage.name}.cls_score.weight")
             held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
             placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
             share = ((placed["overlap"] - low) / max(high - low, 1e-6)).clamp(0, 1)

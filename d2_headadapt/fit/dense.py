@@ -106,14 +106,15 @@ def fit_dense(
     Returns:
         The report, and the new classes without an anchor.
     """
+    classifier = f"{name}.cls_score.weight"
     problem = why_not(model) if "dense" in settings.parts else "FIT.PARTS leaves it out"
     if problem is not None:
-        return PartReport(name, "kept", problem), writer.new["thing"]
+        return PartReport(name, "kept", problem), writer.new(classifier)
     sample = gathered(collect(model, stream.views("dense head"), settings))
     device = model.head.cls_score.weight.device
 
     def work() -> tuple[list[Solution], PartReport, tuple[int, ...]]:
-        new = writer.new["thing"]
+        new = writer.new(classifier)
         shown = set(sample["label"].flatten().tolist()) if sample else set()
         seen = [k for k in new if k in shown]
         missing = tuple(k for k in new if k not in shown)
@@ -143,7 +144,7 @@ def _solve_scores(
     rows = layout.rows(seen, k).view(layout.groups, len(seen))
     frame = Frame.of(sample["score_x"])
     z, label = frame.apply(sample["score_x"]), sample["label"]
-    carried = torch.tensor(writer.carried("thing"), dtype=torch.int64)
+    carried = torch.tensor(writer.carried(f"{tensor}.weight"), dtype=torch.int64)
     flat = weight.flatten(1).to(z.device), bias.to(z.device)
     weights: list[torch.Tensor] = []
     priors: list[torch.Tensor] = []

@@ -42,7 +42,8 @@ def fit_new_rows(
         model: a detectron2 model whose weights are loaded; written in place.
         dataset: its training set, category ids contiguous; the same in every process.
         mapper: see :data:`d2_headadapt.fit.images.Mapper`.
-        new: indices of the classes that have no trained row, by label space.
+        new: indices of the classes that have no trained row, by label space, or by tensor name where the heads of
+            one space differ (a file with boxes and no masks).
         settings: how.
 
     Returns:
@@ -53,27 +54,28 @@ def fit_new_rows(
     """
     settings = settings or FitSettings()
     started = time.perf_counter()
-    wanted = {space: tuple(classes) for space, classes in new.items() if len(classes)}
+    wanted = {name: tuple(classes) for name, classes in new.items() if len(classes)}
     if not wanted:
         return FitReport()
     if isinstance(model, DistributedDataParallel):
         model = model.module
     writer = RowWriter(model, wanted)
-    chosen = choose_images(dataset, wanted.get("thing", ()), settings)
+    spaces = {space: writer.new_in(space) for space in sorted({o.space for o in writer.layouts.values()})}
+    spaces = {space: classes for space, classes in spaces.items() if classes}
+    chosen = choose_images(dataset, spaces.get("thing", ()), settings)
     stream = ImageStream(model, dataset, mapper, chosen, settings, comm.get_rank(), comm.get_world_size())
     if len(stream) == 0:
-        return FitReport((PartReport("model", "kept", "the training set has no images"),), wanted, wanted)
+        return FitReport((PartReport("model", "kept", "the training set has no images"),), spaces, spaces)
     try:
         with random_states_kept(), _inference(model), torch.no_grad():
-            parts, missing = _fit(model, dataset, stream, writer, settings)
+            parts, missing = _fit(model, dataset, stream, writer, settings, spaces)
     except BaseException:
         writer.undo()
         raise
     skipped = _all_skipped(stream)
     without = {"thing": missing} if missing else {}
-    without |= {space: classes for space, classes in writer.new.items() if space != "thing"}
     report = FitReport(
-        tuple(parts), writer.new, without, len(stream) - len(skipped), skipped, time.perf_counter() - started
+        tuple(parts), spaces, without, len(stream) - len(skipped), skipped, time.perf_counter() - started
     )
     for part in parts:
         logger.info("fit: %s", part.line())
@@ -82,14 +84,17 @@ def fit_new_rows(
 
 
 def _fit(
-    model: Any, dataset: Sequence[dict[str, Any]], stream: ImageStream, writer: RowWriter, settings: FitSettings
+    model: Any,
+    dataset: Sequence[dict[str, Any]],
+    stream: ImageStream,
+    writer: RowWriter,
+    settings: FitSettings,
+    spaces: Mapping[str, tuple[int, ...]],
 ) -> tuple[list[PartReport], tuple[int, ...]]:
     parts = [
-        PartReport(space, "kept", f"rows of label space {space!r} keep their recipe")
-        for space in writer.new
-        if space != "thing"
+        PartReport(space, "kept", "rows of this label space keep their recipe") for space in spaces if space != "thing"
     ]
-    missing = writer.new.get("thing", ())
+    missing = spaces.get("thing", ())
     if not missing:
         return parts, ()
     if hasattr(model, "roi_heads"):
@@ -115,7 +120,10 @@ def _fit_rpn(
     model: Any, dataset: Sequence[dict[str, Any]], stream: ImageStream, writer: RowWriter, settings: FitSettings
 ) -> PartReport:
     name = "proposal_generator"
-    carried = set(writer.carried("thing"))
+    classifiers = [name for name in writer.layouts if name.endswith("cls_score.weight")]
+    carried = {k for tensor in classifiers for k in writer.carried(tensor)}
+    if not any(writer.new(tensor) for tensor in classifiers):
+        return PartReport(name, "kept", "no box row is new")
     if carried:
         carried -= {int(a["category_id"]) for entry in dataset for a in entry.get("annotations", ())}
     if settings.rpn == "never" or "rpn" not in settings.parts:

@@ -33,8 +33,9 @@ def why_not(roi_heads: Any, writer: RowWriter, name: str) -> str | None:
         return "its predictor is not a 1x1 convolution"
     if f"{name}.mask_head.predictor.weight" not in writer.layouts or not hasattr(roi_heads.mask_head, "layers"):
         return "where its classes are is not known"
-    if len(writer.open_rows(f"{name}.mask_head.predictor.weight")) == 0:
-        return "one mask for all classes serves carried ones too"
+    tensor = f"{name}.mask_head.predictor.weight"
+    if len(writer.open_rows(tensor)) == 0:
+        return "no row is new" if writer.layouts[tensor].axes else "one mask for all classes serves carried ones too"
     return None
 
 
@@ -98,7 +99,9 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
 
     def work() -> tuple[list[Solution], PartReport]:
         shown = set(sample["label"].tolist()) if sample else set()
-        seen = [k for k in writer.new["thing"] if k in shown]
+        # An agnostic predictor learns from every mask.
+        wanted = sorted(shown) if writer.layouts[f"{part}.weight"].agnostic else writer.new(f"{part}.weight")
+        seen = [k for k in wanted if k in shown]
         if not seen:
             return [], PartReport(part, "kept", "no image shows a mask of a new class")
         held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
@@ -130,7 +133,7 @@ def _solve(
         return logistic_rows(z[rows], targets(rows), penalty, prior=toward)
 
     old = frame.solution(weight.flatten(1), bias)
-    carried = list(writer.carried("thing"))
+    carried = list(writer.carried(f"{part}.weight"))
     # Carried classes' mean is a mask regressor that somebody trained; an agnostic one leans on itself.
     prior = old[:, carried].mean(1, keepdim=True) if carried else torch.zeros_like(old[:, :1])
     prior = old if layout.agnostic else prior

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from detectron2.config import CfgNode
 
 from ..errors import ConfigError
 
@@ -51,6 +53,14 @@ class FitSettings:
     confident: float = 0.5
     cache_mb: int = 1024
     seed: int = 0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> FitSettings:
+        """Read the keys under ``MODEL.HEAD_ADAPT.FIT``; they are named as the fields, in capitals."""
+        node = cfg.MODEL.HEAD_ADAPT.FIT
+        values: dict[str, Any] = {f.name: node[f.name.upper()] for f in fields(cls) if f.name.upper() in node}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**values)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.

@@ -37,42 +37,58 @@ class RowWriter:
 
     Args:
         model: whose rows are fitted.
-        new: indices of the new classes by label space.
+        new: indices of the new classes by tensor name, or by label space for all tensors of the space.
     """
 
     def __init__(self, model: nn.Module, new: Mapping[str, Sequence[int]]) -> None:
         self._tensors: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
         self.layouts: dict[str, HeadLayout] = {layout.tensor: layout for layout in layouts_of(model)}
-        self.new = {space: tuple(sorted(set(classes))) for space, classes in new.items() if classes}
+        self._new = {
+            name: tuple(sorted(set(new.get(name, new.get(layout.space, ())))))
+            for name, layout in self.layouts.items()
+            if layout.axes
+        }
         self._before: dict[str, torch.Tensor] = {}
 
     def value(self, tensor: str) -> torch.Tensor:
         """A detached float32 copy."""
         return self._tensors[tensor].detach().float().clone()
 
-    def num_classes(self, space: str) -> int | None:
-        """K of a label space, read from the shape of any tensor that holds its classes."""
-        for name, layout in self.layouts.items():
-            if layout.space == space and layout.axes:
-                return layout.num_classes(tuple(self._tensors[name].shape))
-        return None
+    def num_classes(self, tensor: str) -> int:
+        """K, read from a tensor's shape; 0 where it holds no classes."""
+        layout = self.layouts.get(tensor)
+        return (layout.num_classes(tuple(self._tensors[tensor].shape)) or 0) if layout and layout.axes else 0
 
-    def carried(self, space: str) -> tuple[int, ...]:
-        """The classes of a space that are not new."""
-        return tuple(set(range(self.num_classes(space) or 0)) - set(self.new.get(space, ())))
+    def new(self, tensor: str) -> tuple[int, ...]:
+        """The classes whose rows in a tensor are new."""
+        return self._new.get(tensor, ())
+
+    def new_in(self, space: str) -> tuple[int, ...]:
+        """The classes of a space that are new in any tensor."""
+        found = {k for name, classes in self._new.items() if self.layouts[name].space == space for k in classes}
+        return tuple(sorted(found))
+
+    def carried(self, tensor: str) -> tuple[int, ...]:
+        """The classes whose rows in a tensor are not new; of an agnostic one, those of the tensors beside it."""
+        layout = self.layouts.get(tensor)
+        if layout is not None and not layout.axes:
+            beside = [n for n, o in self.layouts.items() if o.axes and (o.group, o.part) == (layout.group, layout.part)]
+            # An agnostic tensor that stands alone serves whatever the heads of its space serve.
+            beside = beside or [n for n, o in self.layouts.items() if o.axes and o.space == layout.space]
+            return tuple(sorted({k for name in beside for k in self.carried(name)}))
+        return tuple(sorted(set(range(self.num_classes(tensor))) - set(self.new(tensor))))
 
     def open_rows(self, tensor: str) -> torch.Tensor:
         """Positions on axis 0 that may be written: new classes, and what belongs to no class where none is carried."""
         layout = self.layouts.get(tensor)
-        size = len(self._tensors[tensor])
-        if layout is None or not layout.axes:
-            # Agnostic, or the RPN's: serves every class, so it counts as carried when any class is.
-            spaces = [layout.space] if layout else list(self.new)
-            return torch.arange(0 if any(self.carried(space) for space in spaces) else size)
-        k = layout.num_classes(tuple(self._tensors[tensor].shape))
-        rows = layout.rows(self.new.get(layout.space, ()), k or 0)
-        if not self.carried(layout.space):
-            rows = torch.cat([rows, layout.fixed_rows(k or 0)])
+        if layout is None:
+            return torch.arange(0)
+        if not layout.axes:
+            return torch.arange(0 if self.carried(tensor) else len(self._tensors[tensor]))
+        k = self.num_classes(tensor)
+        rows = layout.rows(self.new(tensor), k)
+        if not self.carried(tensor):
+            rows = torch.cat([rows, layout.fixed_rows(k)])
         return rows.sort().values
 
     def write(self, solutions: Iterable[Solution], *, shared: bool = False) -> None:

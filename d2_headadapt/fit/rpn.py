@@ -24,7 +24,7 @@ from .solvers import Frame, choose_penalty, logistic_rows, ridge_rows
 
 OBJECT, CLUTTER = 1, 0
 """Strata: cells where some anchor is an object, and all others."""
-KEEP_LOSS, KEEP_BOX = 0.98, 0.9
+KEEP_LOSS, KEEP_BOX = 0.97, 0.9
 """Share of the best held-out gain that a stronger penalty must keep, for classifiers and for box regressors."""
 CELLS_PER_VIEW = 512
 
@@ -79,8 +79,9 @@ def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
 
 def collect(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
     """Cells of the RPN's feature maps with the labels that detectron2's own matcher gives their anchors."""
+    # Cells are narrow and 15 of them may share one row of features, so clutter may take as much again.
     half = max(1, settings.regions // 2)
-    reservoir = Reservoir({OBJECT: half, CLUTTER: half}, 0)
+    reservoir = Reservoir({OBJECT: half, CLUTTER: 2 * half}, 0)
     for view in views:
         features = [view.features[name] for name in rpn.in_features]
         with inputs_of(rpn.rpn_head.objectness_logits) as seen:

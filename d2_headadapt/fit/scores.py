@@ -57,8 +57,8 @@ def solve_scores(
         settings: penalties and ``confident``.
     """
     tensor = f"{stage.name}.cls_score"
-    new = writer.new["thing"]
-    carried = list(writer.carried("thing"))
+    new = writer.new(f"{tensor}.weight")
+    carried = list(writer.carried(f"{tensor}.weight"))
     label, weight = sample["label"], sample["weight"]
     shown = set(label[share > 0].tolist())
     seen = [k for k in new if k in shown]
@@ -163,7 +163,8 @@ def solve_boxes(
     tensor = f"{stage.name}.bbox_pred"
     layout = writer.layouts[f"{tensor}.weight"]
     open_rows = writer.open_rows(f"{tensor}.weight")
-    new = torch.tensor(writer.new["thing"], device=sample["label"].device)
+    classes = writer.new(f"{stage.name}.cls_score.weight")
+    new = torch.tensor(classes, device=sample["label"].device)
     near = (sample["overlap"] >= stage.threshold) & torch.isin(sample["label"], new)
     if len(open_rows) == 0 or not near.any():
         return [], {}
@@ -174,7 +175,7 @@ def solve_boxes(
     old_rows = {leaf: writer.value(f"{tensor}.{leaf}").to(z.device) for leaf in ("weight", "bias")}
     old = frame.solution(old_rows["weight"], old_rows["bias"])
     held, label, count = part["held"], part["label"], float(part["weight"].sum())
-    prior = _prior(old, layout.agnostic, list(writer.carried("thing")))
+    prior = _prior(old, layout.agnostic, list(writer.carried(f"{tensor}.weight")))
     chosen: dict[str, float] = {}
 
     def ridge(rows: torch.Tensor, penalty: float, toward: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,7 @@ def softmax_rows(
     columns: int,
     fixed: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
-    steps: int = 40,
+    steps: int = 20,
 ) -> torch.Tensor:
     """Multinomial logistic regression by L-BFGS: mean cross entropy + penalty / 2 |solution|^2.
 
@@ -109,7 +109,7 @@ def logistic_rows(
     *,
     prior: torch.Tensor,
     start: torch.Tensor | None = None,
-    steps: int = 40,
+    steps: int = 20,
 ) -> torch.Tensor:
     """C independent logistic regressions by L-BFGS: mean cross entropy + penalty / 2 |solution - prior|^2.
 
@@ -141,30 +141,48 @@ def _descend(
 ) -> torch.Tensor:
     parts = [slice(i, i + CHUNK) for i in range(0, len(z), CHUNK)]
     total = sum(float(loss_and_slope(z[part] @ prior, part)[2]) for part in parts)
-    theta = initial.clone()
-    strength = theta.new_full((theta.shape[0], 1), penalty)
+    if total <= 0:
+        return prior.clone()
+    strength = prior.new_full((prior.shape[0], 1), penalty)
     # A trace of penalty keeps the intercept of a column without examples where it was.
     strength[-1] = min(penalty, 1.0) * 1e-3
+    # Box features are so correlated that plain L-BFGS has not arrived after 40 steps (bccd: AP 40.9, 41.4 after 200).
+    whiten = _whitening(z, parts, strength)
+    offset = torch.linalg.solve(whiten, initial - prior)
 
     def closure() -> torch.Tensor:
-        pull = strength * (theta - prior)
-        value = 0.5 * (pull * (theta - prior)).sum()
-        slope = pull
+        away = whiten @ offset
+        theta = prior + away
+        value: torch.Tensor = 0.5 * (strength * away * away).sum()
+        slope = strength * away
         for part in parts:
             loss, by_logit, _ = loss_and_slope(z[part] @ theta, part)
             value = value + loss / total
             slope = slope + z[part].t() @ (by_logit / total)
-        theta.grad = slope
+        offset.grad = whiten @ slope
         return value
 
-    if total > 0:
-        solver = torch.optim.LBFGS(
-            [theta], max_iter=steps, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-6,
-            tolerance_change=1e-9,
-        )  # fmt: skip
-        solver.step(closure)  # type: ignore[no-untyped-call]
-        theta.grad = None
-    return theta.detach()
+    solver = torch.optim.LBFGS(
+        [offset],
+        max_iter=steps,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+    )
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = prior + whiten @ offset.detach()
+    return found
+
+
+def _whitening(z: torch.Tensor, parts: Sequence[slice], strength: torch.Tensor) -> torch.Tensor:
+    """(d, d) symmetric root of the inverse of a typical Hessian: p (1 - p) is about 0.1 where it matters."""
+    gram = sum((z[part].t() @ z[part] for part in parts), z.new_zeros(z.shape[1], z.shape[1]))
+    hessian = 0.1 * gram.double() / len(z) + torch.diag(strength[:, 0].double() + 1e-6)
+    values, vectors = torch.linalg.eigh(hessian)
+    root: torch.Tensor = (vectors * values.clamp(min=1e-9).rsqrt()) @ vectors.t()
+    narrow: torch.Tensor = root.to(z.dtype)
+    return narrow
 
 
 def ridge_rows(
