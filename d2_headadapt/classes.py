@@ -16,6 +16,9 @@ from .errors import ClassTableError
 SPACES = ("thing", "stuff", "keypoint")
 """The label spaces that detectron2 itself has; every task adds one of its own name."""
 
+KEY_SUFFIXES = {"thing": "", "stuff": "_STUFF", "keypoint": "_KEYPOINT"}
+"""How the config keys of a label space end."""
+
 _SEPARATORS = str.maketrans("-_", "  ")
 
 

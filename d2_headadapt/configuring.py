@@ -13,12 +13,12 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from .classes import ClassTable, did_you_mean
+from .classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from .components import add_component_keys, import_components
 from .config import add_headadapt_config
 from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
 from .errors import ConfigError, DatasetError, UsageError
-from .settings import SUFFIXES, AdaptSettings, apply_num_classes
+from .settings import AdaptSettings, apply_num_classes
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
         HeadAdaptError: a dataset, class table or key that cannot be used.
     """
     register_datasets(cfg.DATASETS.REGISTER)
-    named = [s for s, suffix in SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
+    named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
     settings = AdaptSettings.from_config(cfg, registered_only=bool(named) and not reads_labels)
     for space in named if not reads_labels else ():
@@ -115,7 +115,7 @@ def _say_what_wins(cfg: CfgNode, target: ClassTable, space: str) -> None:
     if trained is not None and trained != target:
         logger.info(
             "MODEL.HEAD_ADAPT.TARGET_CLASSES%s (%d classes) wins over the %d classes of DATASETS.TRAIN.",
-            SUFFIXES[space],
+            KEY_SUFFIXES[space],
             len(target),
             len(trained),
         )

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .classes import ClassMap, ClassTable
+from .classes import KEY_SUFFIXES, ClassMap, ClassTable
 from .layouts import HeadLayout
 from .plan import Shape, TensorPlan, carried_or_copied
-
-SPACE_SUFFIX = {"thing": "", "stuff": "_STUFF", "keypoint": "_KEYPOINT"}
 
 
 def source_key(space: str) -> str:
     """The config key that names the source classes of a label space."""
-    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{SPACE_SUFFIX.get(space, '')}"
+    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{KEY_SUFFIXES.get(space, '')}"
 
 
 @dataclass

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -294,10 +294,3 @@ def check_finite(t: TensorPlan, value: torch.Tensor, layout: HeadLayout | None, 
 def carried_or_copied(space_map: ClassMap) -> str:
     """The action of a matched, class-sized tensor."""
     return "copied" if space_map.is_identity else "carried"
-
-
-def counts_text(names: Collection[str], what: str) -> str:
-    """``3 tensors (a, b, c)``, cut after a few."""
-    shown = sorted(names)[:4]
-    more = f", ... {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return f"{len(names)} {what}{'' if len(names) == 1 else 's'} ({', '.join(shown)}{more})"

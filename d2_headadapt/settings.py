@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from .classes import SPACES, ClassTable
+from .classes import KEY_SUFFIXES, SPACES, ClassTable
 from .config import add_headadapt_config
 from .datasets import resolve_table, training_table
 from .errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 ATTRIBUTE = "head_adapt_settings"
-SUFFIXES = {"thing": "", "stuff": "_STUFF", "keypoint": "_KEYPOINT"}
 
 NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
     "GeneralizedRCNN": (
@@ -98,7 +97,7 @@ class AdaptSettings:
         target: dict[str, ClassTable] = {}
         initialise: set[str] = set()
         for space in SPACES:
-            key = f"SOURCE_CLASSES{SUFFIXES[space]}"
+            key = f"SOURCE_CLASSES{KEY_SUFFIXES[space]}"
             value = node[key]
             if isinstance(value, str) and value.lower() == "none":
                 initialise.add(space)
@@ -106,7 +105,7 @@ class AdaptSettings:
                 table = resolve_table(value, key=f"MODEL.HEAD_ADAPT.{key}", space=space)
                 if table is not None:
                     source[space] = table
-            key = f"TARGET_CLASSES{SUFFIXES[space]}"
+            key = f"TARGET_CLASSES{KEY_SUFFIXES[space]}"
             table = resolve_table(node[key], key=f"MODEL.HEAD_ADAPT.{key}", space=space)
             if table is None:
                 table = _training_table(cfg.DATASETS.TRAIN, space, registered_only)
@@ -126,10 +125,6 @@ class AdaptSettings:
             tuple(node.EXCLUDE),
             tuple(node.RENAME),
         )
-
-    def with_target(self, tables: Mapping[str, ClassTable]) -> AdaptSettings:
-        """The same with more target tables; tables that are already known stay."""
-        return replace(self, target={**tables, **self.target})
 
 
 def _training_table(names: Sequence[str], space: str, registered_only: bool) -> ClassTable | None:

@@ -173,9 +173,3 @@ def test_somebodys_attribute_of_that_name_is_not_taken() -> None:
     model = nn.Identity()
     setattr(model, ATTRIBUTE, {"match": "position"})
     assert settings_of(model) is None
-
-
-def test_a_known_target_is_not_replaced() -> None:
-    mine, files = ClassTable(["a"]), ClassTable(["b"])
-    settings = AdaptSettings(target={"thing": mine})
-    assert settings.with_target({"thing": files, "stuff": files}).target == {"thing": mine, "stuff": files}
