@@ -18,7 +18,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 import d2_headadapt.detectron2_layouts as _  # noqa: F401  only registration
+from d2_headadapt.classes import ClassTable
 from d2_headadapt.layout_registry import layouts_of
+from d2_headadapt.planning import plan_adaptation
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
 YAMLS = sorted(str(path.relative_to(ZOO)) for path in ZOO.rglob("*.yaml") if not path.name.startswith("Base-"))
@@ -236,3 +238,30 @@ def test_every_lazy_config_is_covered(name: str) -> None:
         with torch.device("cpu" if "vitdet" in name else "meta"):
             models.append(instantiate(config))
     check_law(*models)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+        "Misc/semantic_R_50_FPN_1x.yaml",
+        "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
+        "Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    ],
+)
+def test_every_head_of_the_family_is_carried_by_name(name: str) -> None:
+    """On detectron2's own models: each class-sized tensor is carried, and nothing else changes."""
+    counts = {"thing": (80, 5), "stuff": (81, 6), "keypoint": (82, 7)}
+    tables = {
+        side: {space: ClassTable([f"{space} {i}" for i in order(n[side])]) for space, n in counts.items()}
+        for side, order in ((0, range), (1, lambda k: range(2 * k, k, -1)))
+    }
+    large, small = build_on_meta(_zoo(name), 80), build_on_meta(_zoo(name), 5)
+    plan = plan_adaptation(
+        shapes(large), shapes(small), layouts_of(small), source_tables=tables[0], target_tables=tables[1]
+    )
+    claimed = {x.tensor for x in layouts_of(small) if not x.agnostic}
+    assert {t.name for t in plan.by_action("carried")} == claimed
+    assert {t.name for t in plan.by_action("copied")} == shapes(small).keys() - claimed
+    assert all(t.verified and not t.new for t in plan.by_action("carried"))

@@ -17,7 +17,8 @@ from d2_headadapt.layouts import HeadLayout
 from d2_headadapt.moments import adapt_averages, adapt_state, find_state, group_origin, reorder_scheduler
 from d2_headadapt.plan import AdaptPlan
 from d2_headadapt.planning import plan_adaptation
-from d2_headadapt.provenance import optimizer_names
+from d2_headadapt.provenance import Provenance, optimizer_names
+from d2_headadapt.resuming import adapt_resume
 
 OLD, NEW = ClassTable(["cat", "dog", "cow", "pig"], "old"), ClassTable(["pig", "owl", "cat"], "new")
 LAYOUTS = tuple(
@@ -237,3 +238,16 @@ def test_averages_go_through_the_same_row_map(wrap: Any, key: str, prefix: str) 
     )
     assert torch.equal(weight[1], new.cls.weight[1]), "a new row starts where the model's does"
     assert torch.equal(out[f"{prefix}body.weight"], average[f"{prefix}body.weight"])
+
+
+def test_the_mixed_precision_scaler_and_the_iteration_are_kept() -> None:
+    old, new = Net(4), Net(3)
+    old_optimizer, new_optimizer = optimizer_of(old, "sgd"), optimizer_of(new, "sgd")
+    trained(old, old_optimizer)
+    inner = {"iteration": 7, "optimizer": old_optimizer.state_dict(), "grad_scaler": {"scale": 512.0}}
+    checkpoint = {"trainer": {"iteration": 7, "_trainer": inner}}
+    adapt_resume(checkpoint, plan_of(old, new), Provenance(), new, {"optimizer": new_optimizer}, "adapt", "f.pth")
+    kept = checkpoint["trainer"]["_trainer"]
+    assert kept["grad_scaler"] == {"scale": 512.0} and kept["iteration"] == checkpoint["trainer"]["iteration"] == 7
+    new_optimizer.load_state_dict(kept["optimizer"])
+    assert check_moments(old, old_optimizer, new, new_optimizer) == 6

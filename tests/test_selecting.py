@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
+from helpers.models import model_of, state_of
 from torch import nn
 
+from d2_headadapt import AdaptPlan, HeadAdaptCheckpointer
 from d2_headadapt.errors import ConfigError
 from d2_headadapt.selecting import freeze, left_out, matched, rename
 
@@ -75,3 +80,50 @@ def test_freezing_nothing_changes_nothing_and_a_dead_pattern_is_an_error() -> No
     with pytest.raises(ConfigError, match=r"MODEL.HEAD_ADAPT.FREEZE, 'backbone.\*'"):
         freeze(net, ["backbone.*"])
     assert all(p.requires_grad for p in net.parameters())
+
+
+HEAD = "roi_heads.box_predictor"
+OLD, NEW = ["cat", "dog", "cow"], ["cow", "owl"]
+
+
+def loaded(tmp_path: Path, **keys: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], AdaptPlan]:
+    """File, model after the load, and the plan, for keys under ``MODEL.HEAD_ADAPT``."""
+    source = model_of(OLD, seed=1)
+    HeadAdaptCheckpointer(source, str(tmp_path)).save("model")
+    checkpointer = HeadAdaptCheckpointer(model_of(NEW, seed=2, **keys))
+    checkpointer.load(str(tmp_path / "model.pth"))
+    assert checkpointer.plan is not None
+    return state_of(source), state_of(checkpointer.model), checkpointer.plan
+
+
+def test_exclude_leaves_a_head_tensor_out_and_the_rest_of_its_group_is_carried(tmp_path: Path) -> None:
+    old, new, plan = loaded(tmp_path, EXCLUDE=[f"{HEAD}.bbox_pred.*"])
+    fresh = state_of(model_of(NEW, seed=2))
+    assert torch.equal(new[f"{HEAD}.bbox_pred.weight"], fresh[f"{HEAD}.bbox_pred.weight"])
+    assert torch.equal(new[f"{HEAD}.cls_score.weight"][0], old[f"{HEAD}.cls_score.weight"][2])
+    reasons = {t.name: t.reason for t in plan.by_action("initialised")}
+    assert reasons[f"{HEAD}.bbox_pred.weight"] == "MODEL.HEAD_ADAPT.EXCLUDE names it"
+
+
+def test_include_takes_nothing_else(tmp_path: Path) -> None:
+    old, new, plan = loaded(tmp_path, INCLUDE=["backbone.*"], MIN_COVERAGE=0.0)
+    fresh = state_of(model_of(NEW, seed=2))
+    for name, value in new.items():
+        assert torch.equal(value, old[name] if name.startswith("backbone") else fresh[name]), name
+    assert plan.new_classes() == {"thing": ("cow", "owl")}
+
+
+def test_rename_brings_a_foreign_head_to_its_place(tmp_path: Path) -> None:
+    source = model_of(OLD, seed=1)
+    foreign = {f"net.{name.replace('cls_score', 'classifier')}": value for name, value in source.state_dict().items()}
+    torch.save({"model": foreign}, tmp_path / "foreign.pth")
+    keys = {"RENAME": [r"^net\.=", r"classifier=cls_score"], "SOURCE_CLASSES": OLD}
+    model = model_of(NEW, seed=2, **keys)
+    HeadAdaptCheckpointer(model).load(str(tmp_path / "foreign.pth"))
+    expected = state_of(source)[f"{HEAD}.cls_score.weight"]
+    assert torch.equal(state_of(model)[f"{HEAD}.cls_score.weight"][0], expected[2])
+
+
+def test_a_dead_pattern_loads_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"MODEL.HEAD_ADAPT.EXCLUDE, 'roi_head\.\*'"):
+        loaded(tmp_path, EXCLUDE=["roi_head.*"])
