@@ -14,7 +14,6 @@ import os
 # iteration eight times as slow (2.8 against 0.4 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import shlex
 import sys
 import time
@@ -32,6 +31,7 @@ from demo_arms import (
     group_ap,
     load_arm,
     plan_of,
+    run_as_command,
     same_batches,
     sample_inputs,
     train_arm,
@@ -40,7 +40,6 @@ from demo_arms import (
 from demo_digits import BASE_CLASSES, SPLITS, TARGET_CLASSES, Split, draw_datasets
 
 from d2_headadapt.engine import Trainer
-from d2_headadapt.errors import HeadAdaptError
 from d2_headadapt.report import plan_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,14 +109,7 @@ def run(arms: Sequence[Arm] = ARMS, splits: Sequence[Split] = SPLITS, opts: Sequ
 
 def main() -> int:
     """Returns the exit code."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    os.chdir(ROOT)
-    try:
-        run()
-    except HeadAdaptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_as_command(run, __doc__)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,17 @@ and :func:`same_batches` proves that they saw the same images, pixel for pixel a
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import logging
 import os
 import shutil
+import sys
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +36,7 @@ from tqdm import tqdm
 from d2_headadapt.commands import build_on_meta
 from d2_headadapt.configuring import load_config, resolve_config
 from d2_headadapt.engine import Trainer, build_evaluator, default_argument_parser, setup
-from d2_headadapt.errors import UsageError
+from d2_headadapt.errors import HeadAdaptError, UsageError
 from d2_headadapt.loading import plan_file
 from d2_headadapt.plan import AdaptPlan
 
@@ -352,3 +354,15 @@ def forget_handlers() -> None:
     for name in ("detectron2", "fvcore", "d2_headadapt"):
         logging.getLogger(name).handlers.clear()
     setup_logger.cache_clear()
+
+
+def run_as_command(run: Callable[[], object], description: str | None) -> int:
+    """Run a demo from the project's folder; a user's mistake is one line and its exit code."""
+    argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    os.chdir(Path(__file__).resolve().parents[1])
+    try:
+        run()
+    except HeadAdaptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

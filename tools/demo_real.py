@@ -14,7 +14,6 @@ import os
 # iteration eight times as slow (2.8 against 0.4 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import json
 import shlex
 import sys
@@ -35,6 +34,7 @@ from demo_arms import (
     load_arm,
     plan_of,
     quiet,
+    run_as_command,
     same_batches,
     sample_inputs,
     train_arm,
@@ -42,7 +42,7 @@ from demo_arms import (
 )
 from tqdm import tqdm
 
-from d2_headadapt.errors import HeadAdaptError, UsageError
+from d2_headadapt.errors import UsageError
 from d2_headadapt.files import read_checkpoint
 from d2_headadapt.report import plan_table
 from d2_headadapt.vocabularies import vocabulary
@@ -206,14 +206,7 @@ def _elsewhere(real: Path) -> list[str]:
 
 def main() -> int:
     """Returns the exit code."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    os.chdir(ROOT)
-    try:
-        run()
-    except HeadAdaptError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_as_command(run, __doc__)
 
 
 if __name__ == "__main__":
