@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -256,6 +256,32 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         else:
             write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
+    @contextmanager
+    def fitted_rows(self) -> Iterator[None]:
+        """New rows that change inside count as fitted: ``untrained`` keeps the classes of which some row did not."""
+        plan = self.plan if self.plan is not None else AdaptPlan(())
+        new, state = self.rows_to_fit(), self.model.state_dict()
+        before = {name: state[name].clone() for name in new}
+        yield
+        left = unchanged_classes(plan, new, before, self.model.state_dict())
+        both = {space: tuple(n for n in names if n in left.get(space, ())) for space, names in self.untrained.items()}
+        self.untrained = {space: names for space, names in both.items() if names}
+
+    def rows_to_fit(self) -> dict[str, tuple[int, ...]]:
+        """The classes without a trained row, tensor by tensor: a file may have the boxes of a class and not its masks.
+
+        Rows that were carried count too where the file says that nobody trained them.
+        """
+        plan, found = self.plan if self.plan is not None else AdaptPlan(()), {}
+        for t in plan.by_action("carried", "copied", "initialised"):
+            space = t.space or ""
+            names = plan.target[space].names if space in plan.target else ()
+            listed = self.untrained.get(space, ()) if t.action != "initialised" else ()
+            classes = {*t.new, *(names.index(name) for name in listed if name in names)}
+            if classes:
+                found[t.name] = tuple(sorted(classes))
+        return found
+
     def provenance(self) -> Provenance:
         """The class tables, layouts and optimizer order that a file saved now carries."""
         targets = dict(self.plan.target if self.plan is not None else self.settings.target)
@@ -297,3 +323,30 @@ def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str
                 classes.target.names[t] for t, s in pairs if classes.source.names[s] in names
             )
     return {space: tuple(sorted(names)) for space, names in found.items() if names}
+
+
+def unchanged_classes(
+    plan: AdaptPlan,
+    new: Mapping[str, Sequence[int]],
+    before: Mapping[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
+) -> dict[str, set[str]]:
+    """Names by label space of classes of which some row is what it was.
+
+    Args:
+        plan: of the last load.
+        new: the classes to look at, tensor by tensor.
+        before, after: tensors by name, at least those of ``new``.
+    """
+    layouts = {layout.tensor: layout for layout in plan.layouts}
+    found: dict[str, set[str]] = {}
+    for name, classes in new.items():
+        layout = layouts[name]
+        if not layout.axes or layout.space not in plan.target:
+            continue
+        axis = layout.class_axes[0]
+        for k in classes:
+            rows = layout.rows([k], layout.num_classes(before[name].shape) or 0, axis).to(before[name].device)
+            if torch.equal(before[name].index_select(axis, rows), after[name].index_select(axis, rows)):
+                found.setdefault(layout.space, set()).add(plan.target[layout.space].names[k])
+    return found

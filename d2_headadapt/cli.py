@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .commands import adapt, plan
+from .commands import adapt, fit, plan
 from .engine import add_import_argument
 from .errors import HeadAdaptError
 from .version import __version__
@@ -45,10 +45,22 @@ def build_parser() -> argparse.ArgumentParser:
         "adapt", help="write a checkpoint that stock detectron2 loads without a mismatch", epilog=EPILOG
     )
     _add_common(command)
+    _add_output(command)
+    command.set_defaults(run=adapt)
+
+    command = commands.add_parser(
+        "fit", help="adapt, and solve the rows of new classes on the images of DATASETS.TRAIN", epilog=EPILOG
+    )
+    _add_common(command)
+    _add_output(command)
+    command.add_argument("--json", metavar="FILE", help="also write the fit's report as JSON; - for standard output")
+    command.set_defaults(run=fit)
+    return parser
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="FILE", required=True, help="the new checkpoint, .pth or .safetensors")
     command.add_argument("--force", action="store_true", help="replace an existing output")
-    command.set_defaults(run=adapt)
-    return parser
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

@@ -17,6 +17,15 @@ from .checkpoint import HeadAdaptCheckpointer
 from .configuring import load_config, registered_names, resolve_config
 from .errors import UsageError
 from .files import existing_output, write_checkpoint, write_text
+from .fit import (
+    FitReport,
+    FitSettings,
+    fit_json,
+    fit_lines,
+    fit_new_rows,
+    mapper_at_test_size,
+    training_dicts,
+)
 from .loading import check_exists, plan_file, refuse_plan
 from .provenance import KEY
 from .report import plan_json, plan_table, summary_line
@@ -28,15 +37,9 @@ def plan(args: argparse.Namespace) -> int:
     """Print what loading would do. Reads names and shapes, not values."""
     cfg, settings = _configure(args)
     path = _weights(args, cfg)
-    _not_an_input([args.json, args.html], path)
+    _check_reports([args.json, args.html], [path])
     made = plan_file(path, build_on_meta(cfg), settings)
-    text = plan_table(made, every_tensor=args.all)
-    if args.json == "-":
-        print(plan_json(made), end="")
-    else:
-        print(text)
-    if args.json and args.json != "-":
-        write_text(args.json, plan_json(made))
+    _print_or_write(plan_table(made, every_tensor=args.all), plan_json(made), args.json)
     if args.html:
         notes = [f"Checkpoint: {path}", f"Config: {args.config_file or 'the defaults of detectron2'}"]
         write_text(args.html, plan_html(made, notes=notes))
@@ -44,18 +47,58 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _not_an_input(paths: Sequence[str | None], weights: str) -> None:
-    """Refuse to write a report over the checkpoint that it is about."""
+def _check_reports(paths: Sequence[str | None], checkpoints: Sequence[str]) -> None:
+    """Refuse to write a report over a checkpoint that it is about, or where nothing can be written."""
+    known = {os.path.realpath(name.partition("?")[0]) for name in checkpoints}
     for path in paths:
-        if path and path != "-" and os.path.realpath(path) == os.path.realpath(weights.partition("?")[0]):
+        if path and path != "-" and os.path.realpath(path) in known:
             raise UsageError(
                 path, expected="an output that is not the checkpoint", found="the same file", fix="Name another output."
             )
+        folder = os.path.dirname(path or "") or "."
+        if not os.path.isdir(folder):
+            raise UsageError(
+                str(path), expected="an existing folder", found=f"no folder {folder!r}", fix=f"Type: mkdir -p {folder}"
+            )
+
+
+def _print_or_write(text: str, as_json: str, path: str | None) -> None:
+    """Print ``text``, or its JSON where ``path`` is a dash; the JSON goes to any other ``path``."""
+    print(as_json if path == "-" else f"{text}\n", end="")
+    if path and path != "-":
+        write_text(path, as_json)
 
 
 def adapt(args: argparse.Namespace) -> int:
     """Write an adapted checkpoint: the model and its provenance."""
     cfg, settings = _configure(args)
+    checkpointer, left_out = _load(args, cfg, settings)
+    _write(args.output, checkpointer, left_out)
+    return 0
+
+
+def fit(args: argparse.Namespace) -> int:
+    """Write an adapted checkpoint whose new rows are solved on the training images, on ``MODEL.DEVICE``."""
+    cfg, settings = _configure(args, reads_labels=True)
+    how = FitSettings.from_config(cfg)
+    _check_reports([args.json], [_weights(args, cfg), args.output])
+    checkpointer, left_out = _load(args, cfg, settings)
+    made = checkpointer.plan
+    tables, new = made.target if made is not None else {}, checkpointer.rows_to_fit()
+    report, text = FitReport(), "no row is new: nothing to fit"
+    if new:
+        with checkpointer.fitted_rows():
+            report = fit_new_rows(
+                checkpointer.model, training_dicts(cfg), mapper_at_test_size(cfg), new=new, settings=how
+            )
+        text = fit_lines(report, tables)
+    _print_or_write(text, fit_json(report, tables, checkpointer.untrained), args.json)
+    _write(args.output, checkpointer, left_out)
+    return 0
+
+
+def _load(args: argparse.Namespace, cfg: CfgNode, settings: AdaptSettings) -> tuple[HeadAdaptCheckpointer, list[str]]:
+    """The model of a config with the checkpoint loaded into it, and what of the file has no place in an output."""
     path = _weights(args, cfg)
     existing_output(args.output, force=args.force, inputs=[path.partition("?")[0]])
     # New rows are drawn by the model's constructor: the same command writes the same file.
@@ -65,14 +108,18 @@ def adapt(args: argparse.Namespace) -> int:
     attach_settings(model, settings)
     checkpointer = HeadAdaptCheckpointer(model)
     left = checkpointer.load(path, checkpointables=[])
-    write_checkpoint(args.output, {"model": model.state_dict(), KEY: checkpointer.provenance().to_plain()})
     if checkpointer.plan is not None:
         print(summary_line(checkpointer.plan))
-    left_out = sorted(set(left) - {"__author__", "matching_heuristics"})
+    return checkpointer, sorted(set(left) - {"__author__", "matching_heuristics"})
+
+
+def _write(output: str, checkpointer: HeadAdaptCheckpointer, left_out: Sequence[str]) -> None:
+    # A file of a GPU's tensors would load on no machine without one.
+    model = checkpointer.model.cpu()
+    write_checkpoint(output, {"model": model.state_dict(), KEY: checkpointer.provenance().to_plain()})
     if left_out:
         print(f"left out: {', '.join(left_out)} (a new run starts at iteration 0 with a fresh optimizer)")
-    print(f"wrote {args.output}")
-    return 0
+    print(f"wrote {output}")
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
@@ -90,12 +137,23 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _configure(args: argparse.Namespace) -> tuple[CfgNode, AdaptSettings]:
+def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> tuple[CfgNode, AdaptSettings]:
+    """The config and its settings; who reads the labels of ``DATASETS.TRAIN`` also runs the model, on its device."""
     setup_logger(name="d2_headadapt")
     cfg = load_config(args.config_file, args.opts, args.imports)
-    cfg.MODEL.DEVICE = "cpu"
-    settings = resolve_config(cfg, reads_labels=False)
-    return cfg, settings
+    if not reads_labels:
+        cfg.MODEL.DEVICE = "cpu"
+    elif not cfg.DATASETS.TRAIN:
+        raise UsageError(
+            "DATASETS.TRAIN",
+            expected="a dataset to fit new rows on",
+            found="none",
+            fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+        )
+    else:
+        # Nothing is evaluated, so test sets need not be there.
+        cfg.DATASETS.TEST = ()
+    return cfg, resolve_config(cfg, reads_labels=reads_labels)
 
 
 def _weights(args: argparse.Namespace, cfg: CfgNode) -> str:

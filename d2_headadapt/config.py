@@ -57,11 +57,11 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Check the CRC-32 of every record that is taken from a .pth file: torch itself loads a flipped bit silently.
     node.VERIFY_FILE = True
 
-    # Solve the rows of new classes in closed form before iteration 1 (see d2_headadapt/fit). Off: fine-tuning from
-    # solved rows was not yet seen to stay above fine-tuning from initial ones at every iteration.
+    # Solve the rows of new classes in closed form before iteration 1 (see d2_headadapt/fit); nothing where none is new.
     fit = node.FIT = CfgNode()
-    fit.ENABLED = False
-    # At most so many training images are looked at, rare classes first; each also mirrored.
+    fit.ENABLED = True
+    # At most so many training images are looked at, rare classes first; each also mirrored where INPUT.RANDOM_FLIP is
+    # "horizontal", as in training.
     fit.IMAGES = 300
     fit.MIRROR = True
     # At most so many regions are kept in memory for one solve, and so many of the best proposals of an image are used.
@@ -82,8 +82,11 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Memory in MB for backbone features between passes, and the fit's own seed.
     fit.CACHE_MB = 1024
     fit.SEED = 0
-    # Factor on the gradient of everything below the solved layers during the training that follows.
-    fit.FEATURE_RATE = 0.3
+    # The training that follows: length of its calm in iterations, the factor on the gradients of everything below the
+    # solved layers, and the iterations after which the new rows are solved again.
+    fit.CALM_ITERS = 600
+    fit.FEATURE_RATE = 0.5
+    fit.REFITS = [50, 100, 200]
 
     # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.
     node.PREDICTOR = "HeadAdaptOutputLayers"

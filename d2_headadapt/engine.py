@@ -43,7 +43,7 @@ from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import load_config, registered_names, resolve_config
 from .errors import DatasetError, HeadAdaptError, PlanRefused
-from .fit.training import FitHook, new_rows_of
+from .fit.training import FitHook
 from .report import plan_markdown
 from .selecting import freeze
 from .settings import AdaptSettings, attach_settings, with_keys
@@ -113,12 +113,8 @@ class Trainer(DefaultTrainer):
         self.checkpointer = HeadAdaptCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks: list[HookBase | None] = super().build_hooks()
         if with_keys(self.cfg).MODEL.HEAD_ADAPT.FIT.ENABLED:
-            hooks.insert(0, FitHook.from_config(self.cfg, self._new_rows))
+            hooks.insert(0, FitHook.from_config(self.cfg, lambda: self.checkpointer.rows_to_fit()))
         return hooks
-
-    def _new_rows(self) -> dict[str, tuple[int, ...]]:
-        plan = self.checkpointer.plan
-        return new_rows_of(plan) if plan is not None else {}
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load ``last_checkpoint`` where ``resume`` and there is one, else ``MODEL.WEIGHTS``, and say what is left.

@@ -345,7 +345,7 @@ def test_help_and_version_are_0() -> None:
     assert ran.code == 0
     assert "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line is wrong." in ran.out
     assert "``" not in ran.out, "a docstring is no help text"
-    assert cli("adapt", "--help").code == 0
+    assert cli("adapt", "--help").code == cli("fit", "--help").code == 0
 
 
 def test_weights_come_from_the_config_where_no_flag_names_them(shared: Workplace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from PIL import Image
 
 from d2_headadapt.engine import default_argument_parser, main
 from d2_headadapt.errors import UsageError
+from d2_headadapt.fit import FitHook
 
 QUICK = ("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "TEST.EVAL_PERIOD", "1", "SOLVER.IMS_PER_BATCH", "2")
 
@@ -121,6 +123,7 @@ def test_a_short_run_of_the_demo(
 ) -> None:
     demo, digits, arms = tool("demo"), tool("demo_digits"), tool("demo_arms")
     trainers: dict[str, Any] = {}
+    solved: dict[str, list[tuple[str, ...]]] = {}
     load = arms.load_arm
 
     def remember(arm: Any, *args: Any) -> Any:
@@ -133,40 +136,61 @@ def test_a_short_run_of_the_demo(
         )
         return trainer
 
+    class Watch(arms.Watch):
+        def before_train(self) -> None:
+            reports = [hook.report for hook in self.trainer._hooks if isinstance(hook, FitHook)]
+            solved[self.result.arm.folder] = [report.solved for report in reports]
+            super().before_train()
+
+    monkeypatch.setattr(arms, "Watch", Watch)
     monkeypatch.setattr(demo, "load_arm", remember)
     stale = project / "output" / "demo" / "stale.txt"
     stale.parent.mkdir(parents=True)
     stale.write_text("from an earlier run")
 
-    stock, ours = demo.run(splits=small(digits), opts=QUICK)
+    stock, ours, fitted = results = demo.run(splits=small(digits), opts=QUICK)
 
     assert trainers["stock"].checkpointer is DetectionCheckpointer
     assert trainers["stock"].bases[1] is DefaultTrainer
     assert trainers["stock"].heads == "StandardROIHeads" and trainers["ours"].heads == "HeadAdaptROIHeads"
-    assert trainers["stock"].classes == trainers["ours"].classes == 6
-    assert [iteration for iteration, _ in stock.curve] == [iteration for iteration, _ in ours.curve] == [0, 1, 2]
-    assert len(ours.batches) == 2 and stock.batches == ours.batches
-    assert [len(pictures) for pictures in ours.pictures] == [4, 4]
+    assert {trainer.classes for folder, trainer in trainers.items() if folder != "base"} == {6}
+    assert all([iteration for iteration, _ in result.curve] == [0, 1, 2] for result in results)
+    assert len(ours.batches) == 2 and stock.batches == ours.batches == fitted.batches
+    assert all([len(pictures) for pictures in result.pictures] == [4, 4] for result in results)
+    assert solved.pop("fitted") == [("roi_heads.box_predictor",)], "evaluated before the fit"
+    assert set(map(tuple, solved.values())) == {()}
     out = capsys.readouterr().out
-    assert "3 of 6 thing classes carried" in out and "python tools/train_net.py --config-file configs/demo.yaml" in out
+    commands = [
+        line.strip() for line in out.splitlines() if "tools/train_net.py --config-file configs/demo.yaml" in line
+    ]
+    assert "3 of 6 thing classes carried" in out and len(commands) == 2
+    assert len([line for line in out.splitlines() if "of 3 new classes on 4 images in " in line]) == 1
     assert "d2.evaluation" not in out and "loss" not in out, "detectron2's log is on the console"
     files = {path.name for path in stale.parent.iterdir()}
     assert {"curves.png", "predictions.png", "table.txt", "results.json", "log.txt"} <= files
     assert "stale.txt" not in files
-    results = json.loads((stale.parent / "results.json").read_text(encoding="utf-8"))
-    assert [point["iteration"] for point in results["arms"]["d2_headadapt"]["curve"]] == [0, 1, 2]
+    written = json.loads((stale.parent / "results.json").read_text(encoding="utf-8"))["arms"]
+    assert list(written) == ["stock detectron2", "d2_headadapt", "d2_headadapt, fitted"]
+    assert all([point["iteration"] for point in arm["curve"]] == [0, 1, 2] for arm in written.values())
 
-    # The printed command does the same: tools/train_net.py is this call.
-    shown = [*("--config-file", "configs/demo.yaml"), *QUICK, "OUTPUT_DIR", "output/again"]
-    main(default_argument_parser().parse_args(shown))
-    saved = [torch.load(project / "output" / folder / "model_final.pth") for folder in ("demo/ours", "again")]
-    assert [k for k, v in saved[0]["model"].items() if not torch.equal(v, saved[1]["model"][k])] == []
+    # A printed command does the same: tools/train_net.py is this call.
+    finals = {}
+    for command, arm in zip(commands, ("ours", "fitted"), strict=True):
+        shown = [*shlex.split(command)[2:], "OUTPUT_DIR", "output/again"]
+        main(default_argument_parser().parse_args(shown))
+        saved = [torch.load(project / "output" / folder / "model_final.pth") for folder in (f"demo/{arm}", "again")]
+        assert [k for k, v in saved[0]["model"].items() if not torch.equal(v, saved[1]["model"][k])] == []
+        finals[arm] = saved[0]["model"]["roi_heads.box_predictor.cls_score.weight"]
+    assert not torch.equal(finals["ours"], finals["fitted"])
 
 
 def test_arms_that_saw_different_images_cannot_be_compared(tool: Any) -> None:
     arms = tool("demo_arms")
-    a, b = (arms.ArmResult(arm, batches=["x:1", "y:2"]) for arm in (arms.STOCK, arms.OURS))
-    assert arms.same_batches([a, b]) == 2
+    a, b, c = (arms.ArmResult(arm, batches=["x:1", "y:2"]) for arm in (arms.STOCK, arms.OURS, arms.FITTED))
+    assert arms.same_batches([a, b, c]) == 2
+    c.batches[0] = "x:2"
+    with pytest.raises(RuntimeError, match="stock detectron2 and d2_headadapt, fitted saw different images from itera"):
+        arms.same_batches([a, b, c])
     b.batches[1] = "y:3"
     with pytest.raises(RuntimeError, match="saw different images from iteration 1 on"):
         arms.same_batches([a, b])

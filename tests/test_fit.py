@@ -29,6 +29,7 @@ from d2_headadapt.fit import FitHook, FitReport, FitSettings, fit_new_rows, mapp
 from d2_headadapt.fit import boxes as boxes_room
 from d2_headadapt.fit import entry as entry_room
 from d2_headadapt.fit.boxes import region_features, stages_of
+from d2_headadapt.fit.calm import CalmSettings
 from d2_headadapt.fit.images import choose_images, random_states_kept
 from d2_headadapt.fit.rows import RowWriter, Solution
 
@@ -328,23 +329,94 @@ def test_settings_that_cannot_work_name_their_key(key: str, value: Any) -> None:
 
 
 def hook(model: Any, start: int = 0, **keys: Any) -> FitHook:
-    made = FitHook(lambda: scenes(20), scene, lambda: {"thing": (0, 1, 2)}, SETTINGS, **keys)
-    made.trainer = SimpleNamespace(start_iter=start, model=model)
+    made = FitHook(lambda: scenes(20), scene, lambda: {"thing": (0, 1, 2)}, SETTINGS, CalmSettings(**keys))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+    made.trainer = SimpleNamespace(start_iter=start, iter=start, max_iter=1000, model=model, optimizer=optimizer)
     return made
 
 
-def test_the_hook_fits_before_training_and_slows_what_lies_below() -> None:
-    model = tiny_model("standard")
-    made = hook(model, feature_rate=0.25)
-    made.before_train()
-    assert made.report is not None and HEADS in made.report.solved
+def rates_of(made: FitHook) -> dict[str, float]:
+    model = made.trainer.model
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     made.after_backward()
-    rates = {name: float(p.grad.flatten()[0]) for name, p in model.named_parameters() if p.grad is not None}
+    return {name: float(p.grad.flatten()[0]) for name, p in model.named_parameters()}
+
+
+def test_the_hook_fits_before_training_and_slows_what_lies_below() -> None:
+    made = hook(tiny_model("standard"), feature_rate=0.25, calm_iters=100)
+    made.before_train()
+    assert made.report is not None and HEADS in made.report.solved
+    rates = rates_of(made)
     assert rates[f"{HEADS}.cls_score.weight"] == rates["proposal_generator.rpn_head.anchor_deltas.bias"] == 1
     assert rates["roi_heads.box_head.fc1.weight"] == rates["proposal_generator.rpn_head.conv.weight"] == 0.25
     assert rates["backbone.fpn_output2.weight"] == 0.25
+    found = []
+    for made.trainer.iter in (49, 75, 100):
+        found.append(rates_of(made)["roi_heads.box_head.fc1.weight"])
+    assert found == [0.25, 0.625, 1.0], "the features return to full speed over the second half of the calm"
+
+
+def test_every_fifth_step_goes_back_half_of_the_way_until_the_calm_ends() -> None:
+    model = tiny_model("standard")
+    made = hook(model, calm_iters=10, refits=())
+    made.before_train()
+    weight, begun = model.roi_heads.box_head.fc1.weight, model.roi_heads.box_head.fc1.weight.detach().clone()
+    moved = []
+    for made.trainer.iter in range(12):
+        with torch.no_grad():
+            weight.add_(1.0)
+        made.after_step()
+        moved.append(round(float((weight - begun).mean()), 3))
+    assert moved == [1, 2, 3, 4, 2.5, 3.5, 4.5, 5.5, 6.5, 5.0, 6.0, 7.0]
+
+
+def test_rows_are_solved_again_at_marks_and_their_momentum_is_forgotten() -> None:
+    model = tiny_model("standard")
+    made = hook(model, refits=(3,), calm_iters=0)
+    made.before_train()
+    classifier = model.roi_heads.box_predictor.cls_score.weight
+    shared = model.proposal_generator.rpn_head.conv.weight
+    solved, optimizer = classifier.detach().clone(), made.trainer.optimizer
+    with torch.no_grad():
+        classifier.add_(1.0)
+    for parameter in (classifier, shared):
+        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    made.trainer.iter = 1
+    made.after_step()
+    assert torch.equal(classifier, solved + 1), "no mark"
+    made.trainer.iter = 2
+    made.after_step()
+    assert float((classifier - solved).abs().max()) < 0.5, "solved again"
+    assert float(optimizer.state[classifier]["momentum_buffer"].abs().max()) == 0
+    assert float(optimizer.state[shared]["momentum_buffer"].min()) == 1, "what was not written keeps its momentum"
+    carried = hook(model, refits=(3,))
+    carried._new = lambda: {"thing": (1,)}
+    carried.before_train()
+    kept = classifier.detach().clone()
+    with torch.no_grad():
+        classifier.add_(1.0)
+    carried.trainer.iter = 2
+    carried.after_step()
+    assert torch.equal(classifier[[0, 2, 3]], kept[[0, 2, 3]] + 1), "training's own rows are not solved"
+
+
+def test_backbone_features_are_kept_between_solutions_only_while_the_backbone_is_frozen() -> None:
+    seen: list[int] = []
+    for frozen in (True, False):
+        model = tiny_model("standard")
+        model.backbone.requires_grad_(not frozen)
+        made = hook(model, refits=(3,), calm_iters=0)
+        count: list[int] = []
+        handle = model.backbone.register_forward_hook(lambda *_, count=count: count.append(1))
+        made.before_train()
+        first = len(count)
+        made.trainer.iter = 2
+        made.after_step()
+        handle.remove()
+        seen.append(len(count) - first)
+    assert seen[0] == 0 and seen[1] == 20
 
 
 def test_a_continued_run_is_not_fitted_again_and_stays_calm() -> None:
@@ -356,9 +428,16 @@ def test_a_continued_run_is_not_fitted_again_and_stays_calm() -> None:
     second.load_state_dict(first.state_dict())
     second.before_train()
     assert second.report is None and same_bits(before, state_of(model))
-    model.roi_heads.box_head.fc1.weight.grad = torch.ones_like(model.roi_heads.box_head.fc1.weight)
-    second.after_backward()
-    assert float(model.roi_heads.box_head.fc1.weight.grad.max()) < 1
+    assert rates_of(second)["roi_heads.box_head.fc1.weight"] < 1
+    second.trainer.iter = 199
+    second.after_step()
+    assert same_bits(before, state_of(model)), "its classes may be others, so nothing is solved again"
+
+
+@pytest.mark.parametrize("keys", [{"calm_iters": -1}, {"feature_rate": 1.5}, {"refits": (0,)}], ids=str)
+def test_a_calm_that_cannot_work_names_its_key(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"MODEL.HEAD_ADAPT.FIT.{next(iter(keys)).upper()}"):
+        CalmSettings(**keys)
 
 
 def test_the_real_model_detects_blood_cells_before_its_first_iteration(real: Path) -> None:

@@ -30,7 +30,7 @@ moments ranks resuming
 predictor roi_heads
 loading checkpoint
 fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.rpn fit.dense fit.scores fit.boxes fit.masks
-fit.entry fit.training fit
+fit.calm fit.entry fit.report fit.training fit
 components configuring
 engine commands cli
 __init__ __main__

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -74,7 +75,8 @@ class Arm:
 
 
 STOCK = Arm("stock detectron2", "stock", "tab:red", StockTrainer, ("MODEL.ROI_HEADS.NAME", "StandardROIHeads"))
-OURS = Arm("d2_headadapt", "ours", "tab:blue", Trainer)
+OURS = Arm("d2_headadapt", "ours", "tab:blue", Trainer, ("MODEL.HEAD_ADAPT.FIT.ENABLED", "False"))
+FITTED = Arm("d2_headadapt, fitted", "fitted", "tab:green", Trainer, ("MODEL.HEAD_ADAPT.FIT.ENABLED", "True"))
 
 
 @dataclass
@@ -97,7 +99,10 @@ class ArmResult:
 
 
 class Watch(HookBase):
-    """Observes a trainer: evaluates before the first iteration, keeps every evaluation, shows a progress bar."""
+    """Observes a trainer: evaluates before the first iteration, keeps every evaluation, shows a progress bar.
+
+    Registered last, so that what another hook does before the first iteration, such as a fit, is evaluated too.
+    """
 
     def __init__(self, result: ArmResult, samples: Sequence[dict[str, Any]]) -> None:
         self.result = result
@@ -171,6 +176,11 @@ def load_arm(arm: Arm, argv: Sequence[str], output: Path, log: TextIO) -> Any:
 def arm_options(arm: Arm, output: Path) -> list[str]:
     """What an arm adds to the shared command line."""
     return ["OUTPUT_DIR", (output / arm.folder).as_posix(), *arm.opts]
+
+
+def shown_command(arm: Arm, argv: Sequence[str]) -> str:
+    """What to type to run one of our own arms alone."""
+    return f"python tools/train_net.py {shlex.join([*argv, *arm.opts])}"
 
 
 def train_arm(arm: Arm, trainer: Any, log: TextIO, samples: Sequence[dict[str, Any]] = ()) -> ArmResult:

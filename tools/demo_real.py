@@ -37,6 +37,7 @@ from demo_arms import (
     run_as_command,
     same_batches,
     sample_inputs,
+    shown_command,
     train_arm,
     write_results,
 )
@@ -151,8 +152,9 @@ def run() -> None:
         print(f"   AP {source['AP']:.1f}; on the twelve carried classes {group_ap(source, CARRIED):.1f}")
 
         print("\n3. Step 0 and a short fine-tune, beside stock detectron2")
-        print(f"   python tools/train_net.py {shlex.join(argv)}")
+        print(f"   {shown_command(OURS, argv)}")
         results = []
+        # Without a fit: no photograph shows a new class.
         for arm in (STOCK, OURS):
             trainer = load_arm(arm, argv, OUTPUT, log)
             if arm is OURS:

@@ -13,7 +13,6 @@ writes ``curves.json``, ``curves.md`` and ``curves.png``. Arms that have their r
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import shlex
 import statistics
@@ -89,14 +88,12 @@ def worker_command(args: argparse.Namespace, arm: str, seed: int) -> list[str]:
 def run_arm(args: argparse.Namespace) -> None:
     """Train one arm with one seed, and write AP and seconds at every mark."""
     import torch
-    from detectron2.data import get_detection_dataset_dicts
     from detectron2.engine import DefaultTrainer, default_setup
     from detectron2.evaluation import COCOEvaluator
     from detectron2.utils.env import seed_all_rng
 
     from d2_headadapt.configuring import load_config, resolve_config
     from d2_headadapt.engine import Trainer
-    from d2_headadapt.fit import FitHook, FitSettings, mapper_at_test_size, new_rows_of
 
     arm, seed = args.worker, args.seeds[0]
     torch.set_num_threads(args.threads)
@@ -123,14 +120,6 @@ def run_arm(args: argparse.Namespace) -> None:
     class Ours(Trainer):
         build_evaluator = Stock.build_evaluator
         test_quietly = Stock.test_quietly
-
-        def build_hooks(self) -> list[Any]:
-            hooks = super().build_hooks()
-            if not any(isinstance(hook, FitHook) for hook in hooks):
-                dataset = functools.partial(get_detection_dataset_dicts, self.cfg.DATASETS.TRAIN, filter_empty=False)
-                new = lambda: new_rows_of(self.checkpointer.plan)  # noqa: E731
-                hooks.insert(0, FitHook(dataset, mapper_at_test_size(self.cfg), new, FitSettings()))
-            return hooks
 
     trainer = (Stock if arm == "stock" else Ours)(cfg)
     trainer.resume_or_load(resume=False)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .entry import fit_new_rows
 from .images import Mapper
 from .options import FitReport, FitSettings, PartReport
-from .training import FitHook, mapper_at_test_size, new_rows_of
+from .report import fit_json, fit_lines
+from .training import FitHook, mapper_at_test_size, training_dicts
 
 __all__ = [
     "FitHook",
@@ -13,7 +14,9 @@ __all__ = [
     "FitSettings",
     "Mapper",
     "PartReport",
+    "fit_json",
+    "fit_lines",
     "fit_new_rows",
     "mapper_at_test_size",
-    "new_rows_of",
+    "training_dicts",
 ]

@@ -181,7 +181,9 @@ def fit_boxes(
             )  # fmt: skip
             return [*scores.solutions, *boxes], report, scores.missing
 
-        solutions, report, missing = on_rank_zero(work, stage.name)
+        solutions, report, without = on_rank_zero(work, stage.name)
+        # A class without a region at any stage keeps an initial row there.
+        missing = tuple(sorted({*missing, *without}))
         writer.write(solutions)
         reports.append(report)
     return reports, missing

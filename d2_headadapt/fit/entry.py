@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .boxes import fit_boxes
 from .dense import fit_dense
-from .images import ImageStream, Mapper, choose_images, random_states_kept
+from .images import FeatureCache, ImageStream, Mapper, choose_images, random_states_kept
 from .masks import fit_masks
 from .options import FitReport, FitSettings, PartReport
 from .rows import RowWriter
@@ -31,6 +31,7 @@ def fit_new_rows(
     *,
     new: Mapping[str, Sequence[int]],
     settings: FitSettings | None = None,
+    cache: FeatureCache | None = None,
 ) -> FitReport:
     """Solve the rows of new classes in closed form on the frozen features of the user's own images.
 
@@ -45,6 +46,7 @@ def fit_new_rows(
         new: indices of the classes that have no trained row, by label space, or by tensor name where the heads of
             one space differ (a file with boxes and no masks).
         settings: how.
+        cache: backbone features of an earlier fit with the same backbone, images and seed.
 
     Returns:
         What was solved and what was not, and why.
@@ -63,7 +65,7 @@ def fit_new_rows(
     spaces = {space: writer.new_in(space) for space in sorted({o.space for o in writer.layouts.values()})}
     spaces = {space: classes for space, classes in spaces.items() if classes}
     chosen = choose_images(dataset, spaces.get("thing", ()), settings)
-    stream = ImageStream(model, dataset, mapper, chosen, settings, comm.get_rank(), comm.get_world_size())
+    stream = ImageStream(model, dataset, mapper, chosen, settings, comm.get_rank(), comm.get_world_size(), cache)
     if len(stream) == 0:
         return FitReport((PartReport("model", "kept", "the training set has no images"),), spaces, spaces)
     try:

@@ -113,6 +113,31 @@ def is_held_out(entry: Mapping[str, Any], position: int, settings: FitSettings) 
     return image_key(settings.seed, f"held out {name_of(entry, position)}") < settings.held_out * 2.0**64
 
 
+class FeatureCache:
+    """Views that fit into a stated memory; what comes later is computed again.
+
+    Valid as long as the backbone and the chosen images stay the same.
+
+    Args:
+        megabytes: of features.
+    """
+
+    def __init__(self, megabytes: int) -> None:
+        self._room = megabytes * 2**20
+        self._views: dict[int, View] = {}
+
+    def get(self, number: int) -> View | None:
+        """A kept view."""
+        return self._views.get(number)
+
+    def keep(self, view: View) -> None:
+        """Keep a view where there is room."""
+        taken = sum(value.numel() * value.element_size() for value in view.features.values())
+        if taken <= self._room:
+            self._room -= taken
+            self._views[view.number] = view
+
+
 class ImageStream:
     """Views of the chosen images, with their backbone features.
 
@@ -123,6 +148,7 @@ class ImageStream:
         chosen: of :func:`choose_images`.
         settings: ``mirror``, ``cache_mb`` and ``seed`` are read.
         rank, world: this process takes every ``world``-th image, from ``rank`` on.
+        cache: of an earlier stream of the same images through the same backbone.
     """
 
     def __init__(
@@ -134,6 +160,7 @@ class ImageStream:
         settings: FitSettings,
         rank: int = 0,
         world: int = 1,
+        cache: FeatureCache | None = None,
     ) -> None:
         self._model: Any = model
         self._dicts = dicts
@@ -141,8 +168,7 @@ class ImageStream:
         self._chosen = list(chosen)
         self._settings = settings
         self._rank, self._world = rank, world
-        self._room = settings.cache_mb * 2**20
-        self._cache: dict[int, View] = {}
+        self._cache = FeatureCache(settings.cache_mb) if cache is None else cache
         self.skipped: dict[str, str] = {}
         held = [i for i, position in enumerate(chosen) if is_held_out(dicts[position], position, settings)]
         # With everything on one side there is nothing to compare.
@@ -170,8 +196,9 @@ class ImageStream:
 
     def _view(self, i: int, mirrored: bool) -> View | None:
         number = 2 * i + int(mirrored)
-        if number in self._cache:
-            return self._cache[number]
+        kept = self._cache.get(number)
+        if kept is not None:
+            return kept
         position = self._chosen[i]
         name = name_of(self._dicts[position], position)
         if name in self.skipped:
@@ -195,10 +222,7 @@ class ImageStream:
             return None
         view = View(number, image_key(self._settings.seed, f"{name}/{int(mirrored)}"), features, size,
                     truth.to(images.tensor.device))  # fmt: skip
-        taken = sum(value.numel() * value.element_size() for value in features.values())
-        if taken <= self._room:
-            self._room -= taken
-            self._cache[number] = view
+        self._cache.keep(view)
         return view
 
 

@@ -60,7 +60,8 @@ class FitSettings:
         node = cfg.MODEL.HEAD_ADAPT.FIT
         values: dict[str, Any] = {f.name: node[f.name.upper()] for f in fields(cls) if f.name.upper() in node}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**values)
+        # Who does not mirror in training may have classes that a mirror changes (digits, left and right).
+        return cls(**{**values, "mirror": bool(node.MIRROR) and cfg.INPUT.RANDOM_FLIP == "horizontal"})
 
     def __post_init__(self) -> None:
         """Refuse what cannot work.
