@@ -34,6 +34,10 @@ PLAN_FILE = "head_adapt_plan.json"
 """Beside a run's checkpoints: what its last load did."""
 
 
+OPEN_ROWS = "untrained_rows"
+"""Key of provenance's ``extra``: names of the classes without a trained row, by tensor."""
+
+
 class HeadAdaptCheckpointer(DetectionCheckpointer):
     """``DetectionCheckpointer`` that moves every class-dependent row by class name.
 
@@ -67,6 +71,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self._told = found is not None
         self.plan: AdaptPlan | None = None
         self.untrained: dict[str, tuple[str, ...]] = {}
+        self._open: dict[str, tuple[str, ...]] = {}
         self._origin = ""
         self._resuming = False
         self._own_file = False
@@ -146,11 +151,12 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             error = exc
         self._agree(error)
         self._write_plan(plan)
-        untrained = untrained_classes(plan, known)
+        untrained, still_open = untrained_classes(plan, known), open_rows(plan, known)
         self.model.load_state_dict(state)
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._origin)
         self._remember(plan, untrained)
+        self._open = still_open
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
             unexpected_keys=[t.name for t in plan.by_action("dropped")],
@@ -239,7 +245,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             data[key] = value.state_dict()
         data.update(kwargs)
         if "iteration" in kwargs:
-            self.untrained = {}
+            self.untrained, self._open = {}, {}
         data[KEY] = self.provenance().to_plain()
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -264,7 +270,9 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         before = {name: state[name].clone() for name in new}
         yield
         left = unchanged_classes(plan, new, before, self.model.state_dict())
-        both = {space: tuple(n for n in names if n in left.get(space, ())) for space, names in self.untrained.items()}
+        self._open = {name: names for name, names in left.items() if names}
+        waiting = {(plan.space_of(name), entry) for name, names in self._open.items() for entry in names}
+        both = {space: tuple(n for n in names if (space, n) in waiting) for space, names in self.untrained.items()}
         self.untrained = {space: names for space, names in both.items() if names}
 
     def rows_to_fit(self) -> dict[str, tuple[int, ...]]:
@@ -272,15 +280,11 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
 
         Rows that were carried count too where the file says that nobody trained them.
         """
-        plan, found = self.plan if self.plan is not None else AdaptPlan(()), {}
-        for t in plan.by_action("carried", "copied", "initialised"):
-            space = t.space or ""
-            names = plan.target[space].names if space in plan.target else ()
-            listed = self.untrained.get(space, ()) if t.action != "initialised" else ()
-            classes = {*t.new, *(names.index(name) for name in listed if name in names)}
-            if classes:
-                found[t.name] = tuple(sorted(classes))
-        return found
+        plan = self.plan if self.plan is not None else AdaptPlan(())
+        return {
+            name: tuple(sorted(plan.target[plan.space_of(name)].names.index(entry) for entry in names))
+            for name, names in self._open.items()
+        }
 
     def provenance(self) -> Provenance:
         """The class tables, layouts and optimizer order that a file saved now carries."""
@@ -295,7 +299,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         }
         optimizer = find_optimizer(self.checkpointables)
         names = optimizer_names(optimizer, dict(self.model.named_parameters())) if optimizer is not None else ()
-        return Provenance(fitting, layouts, names, self.untrained)
+        rows = {name: list(classes) for name, classes in self._open.items()}
+        return Provenance(fitting, layouts, names, self.untrained, {OPEN_ROWS: rows} if rows else {})
 
 
 def has_foreign_hooks(model: nn.Module) -> bool:
@@ -325,13 +330,30 @@ def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str
     return {space: tuple(sorted(names)) for space, names in found.items() if names}
 
 
+def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
+    """Names of the classes without a trained row, tensor by tensor, as far as the target classes are known."""
+    stored = known.extra.get(OPEN_ROWS)
+    found: dict[str, tuple[str, ...]] = {}
+    for t in plan.by_action("carried", "copied", "initialised"):
+        table, classes = plan.target.get(t.space or ""), plan.class_map(t.space or "")
+        if table is None:
+            continue
+        names = {table.names[k] for k in t.new}
+        listed = stored.get(t.name, ()) if isinstance(stored, Mapping) else ()
+        if classes is not None and t.action != "initialised":
+            names |= {table.names[a] for a, b in classes.carried if classes.source.names[b] in listed}
+        if names:
+            found[t.name] = tuple(sorted(names))
+    return found
+
+
 def unchanged_classes(
     plan: AdaptPlan,
     new: Mapping[str, Sequence[int]],
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
-) -> dict[str, set[str]]:
-    """Names by label space of classes of which some row is what it was.
+) -> dict[str, tuple[str, ...]]:
+    """Names, tensor by tensor, of the classes whose rows are what they were.
 
     Args:
         plan: of the last load.
@@ -339,14 +361,14 @@ def unchanged_classes(
         before, after: tensors by name, at least those of ``new``.
     """
     layouts = {layout.tensor: layout for layout in plan.layouts}
-    found: dict[str, set[str]] = {}
-    for name, classes in new.items():
+
+    def same(name: str, k: int) -> bool:
         layout = layouts[name]
-        if not layout.axes or layout.space not in plan.target:
-            continue
         axis = layout.class_axes[0]
-        for k in classes:
-            rows = layout.rows([k], layout.num_classes(before[name].shape) or 0, axis).to(before[name].device)
-            if torch.equal(before[name].index_select(axis, rows), after[name].index_select(axis, rows)):
-                found.setdefault(layout.space, set()).add(plan.target[layout.space].names[k])
-    return found
+        rows = layout.rows([k], layout.num_classes(before[name].shape) or 0, axis).to(before[name].device)
+        return torch.equal(before[name].index_select(axis, rows), after[name].index_select(axis, rows))
+
+    return {
+        name: tuple(plan.target[plan.space_of(name)].names[k] for k in classes if same(name, k))
+        for name, classes in new.items()
+    }

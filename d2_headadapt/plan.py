@@ -96,6 +96,10 @@ class AdaptPlan:
     target: Mapping[str, ClassTable] = field(default_factory=dict)
     layouts: tuple[HeadLayout, ...] = ()
 
+    def space_of(self, tensor: str) -> str:
+        """The label space of a tensor's classes; empty where it has none."""
+        return next((t.space or "" for t in self.tensors if t.name == tensor), "")
+
     def by_action(self, *actions: str) -> tuple[TensorPlan, ...]:
         return tuple(t for t in self.tensors if t.action in actions)
 

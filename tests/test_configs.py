@@ -19,7 +19,7 @@ from d2_headadapt.configuring import all_keys, load_config
 from d2_headadapt.vocabularies import zoo_tables
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-NEEDS_REAL = ("real_coco128.yaml",)
+NEEDS_REAL = ("blood_cells.yaml", "real_coco128.yaml")
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 EVERY = [pytest.param(name, marks=pytest.mark.real if name in NEEDS_REAL else ()) for name in NAMES]
 LEAVES = [name for name in NAMES if "_BASE_" in yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))]

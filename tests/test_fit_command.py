@@ -103,7 +103,10 @@ def test_new_rows_are_solved_and_everything_else_is_what_adapt_writes(place: Wor
         rows = NEW_ROWS.get(part, [1, 3] if part == "roi_heads.mask_head.predictor" else [])
         changed = (value != adapted["model"][name]).reshape(len(value) if value.dim() else 1, -1).any(1)
         assert changed.nonzero().flatten().tolist() == rows, name
-    assert adapted[KEY]["extra"] == {"untrained": {"thing": ["yak", "zebra"]}}
+    assert adapted[KEY]["extra"]["untrained"] == {"thing": ["yak", "zebra"]}
+    assert {*adapted[KEY]["extra"]["untrained_rows"]} == {
+        f"{part}.{leaf}" for part in (*NEW_ROWS, "roi_heads.mask_head.predictor") for leaf in ("weight", "bias")
+    }
     assert fitted[KEY] == {**adapted[KEY], "extra": {}}
     lines = ran.out.splitlines()
     assert any(
@@ -132,14 +135,15 @@ def test_a_class_without_an_example_stays_untrained(place: Workplace) -> None:
     ran = place.run("fit", "--output", place.folder / "fitted.pth", "--json", "-")
     assert ran.code == 0
     assert '"without_examples": {\n  "thing": [\n   "yak"\n  ]\n }' in ran.out
-    assert torch.load(place.folder / "fitted.pth")[KEY]["extra"] == {"untrained": {"thing": ["yak"]}}
+    assert torch.load(place.folder / "fitted.pth")[KEY]["extra"]["untrained"] == {"thing": ["yak"]}
     ran = place.run("fit", "--output", place.folder / "fitted.pth", "--force")
     assert "thing classes without an example, which keep their initial rows: yak" in ran.out.splitlines()
 
 
 def test_a_class_of_which_a_part_was_kept_stays_untrained(place: Workplace) -> None:
     data = place.fit(opts=["MODEL.HEAD_ADAPT.FIT.PARTS", "['box']"])
-    assert data[KEY]["extra"] == {"untrained": {"thing": ["yak", "zebra"]}}
+    rows = {f"roi_heads.mask_head.predictor.{leaf}": ["zebra", "yak"] for leaf in ("weight", "bias")}
+    assert data[KEY]["extra"] == {"untrained": {"thing": ["yak", "zebra"]}, "untrained_rows": rows}
 
 
 def test_where_nothing_is_new_the_file_is_written_all_the_same(place: Workplace) -> None:
@@ -252,16 +256,20 @@ def test_a_failed_fit_leaves_the_list_of_untrained_classes(place: Workplace) -> 
     assert trainer.checkpointer.untrained == {"thing": ("yak", "zebra")}
 
 
-def test_rows_carried_from_random_ones_stay_untrained_whatever_is_fitted(place: Workplace) -> None:
-    """The boxes of a class in the file are random, its masks are new and get solved: the class is still untrained."""
+def test_rows_carried_from_random_ones_are_fitted_too(place: Workplace) -> None:
+    """``adapt`` first, and train later: what nobody trained yet is solved then, and what was trained is not."""
     assert place.run("adapt", "--output", place.folder / "adapted.pth").code == 0
     data = torch.load(place.folder / "adapted.pth")
     data["model"] = {name: value for name, value in data["model"].items() if "mask_head.predictor" not in name}
     torch.save(data, place.folder / "boxes.pth")
     trainer = place.trainer("MODEL.WEIGHTS", place.folder / "boxes.pth")
-    assert trainer.checkpointer.untrained == {"thing": tuple(sorted(TARGET))}
+    assert trainer.checkpointer.untrained == {"thing": tuple(sorted(TARGET))}, "the masks of all are new"
+    before = state_of(trainer.checkpointer.model)
     hook_of(trainer).before_train()
-    assert trainer.checkpointer.untrained == {"thing": ("yak", "zebra")}
+    assert trainer.checkpointer.untrained == {}
+    name = "roi_heads.box_predictor.cls_score.weight"
+    changed = (state_of(trainer.checkpointer.model)[name] != before[name]).any(1).tolist()
+    assert changed == [entry in ("yak", "zebra") for entry in TARGET] + [False]
 
 
 def test_without_a_load_nothing_was_untrained() -> None:
