@@ -189,41 +189,42 @@ class ImageStream:
         numbers = [i for i in mine if not held_out_only or i in self.held_out]
         quiet = self._rank > 0 or not sys.stderr.isatty()
         for i in tqdm(numbers, desc=title, unit="image", disable=quiet, leave=False):
-            for mirrored in (False, True) if mirror and self._settings.mirror else (False,):
-                view = self._view(i, mirrored)
-                if view is not None:
-                    yield view
+            yield from self._views(i, (False, True) if mirror and self._settings.mirror else (False,))
 
-    def _view(self, i: int, mirrored: bool) -> View | None:
-        number = 2 * i + int(mirrored)
-        kept = self._cache.get(number)
-        if kept is not None:
-            return kept
+    def _views(self, i: int, flips: Sequence[bool]) -> list[View]:
+        kept = [self._cache.get(2 * i + int(mirrored)) for mirrored in flips]
+        found = [view for view in kept if view is not None]
+        if len(found) == len(flips):
+            return found
         position = self._chosen[i]
         name = name_of(self._dicts[position], position)
         if name in self.skipped:
-            return None
+            return []
         try:
             # PIL raises SyntaxError for a broken PNG.
             mapped = self._mapper(dict(self._dicts[position]))
         except (OSError, ValueError, SyntaxError) as exc:
             self.skipped[name] = str(exc) or type(exc).__name__
             logger.warning("Image %s cannot be read and is passed over: %s", name, exc)
-            return None
+            return []
         image, truth = mapped["image"], mapped.get("instances")
         size = (int(image.shape[-2]), int(image.shape[-1]))
         truth = empty_truth(size) if truth is None else truth
-        if mirrored:
-            image, truth = image.flip(-1), mirror(truth)
-        images = self._model.preprocess_image([{"image": image}])
+        # Both at once: they have one size, and small convolutions gain from the larger batch.
+        both = [{"image": image.flip(-1) if mirrored else image} for mirrored in flips]
+        images = self._model.preprocess_image(both)
         features = self._model.backbone(images.tensor)
         if not all(bool(torch.isfinite(value).all()) for value in features.values()):
             self.skipped[name] = "the backbone's features are not finite"
-            return None
-        view = View(number, image_key(self._settings.seed, f"{name}/{int(mirrored)}"), features, size,
-                    truth.to(images.tensor.device))  # fmt: skip
-        self._cache.keep(view)
-        return view
+            return []
+        views = []
+        for k, mirrored in enumerate(flips):
+            own = {layer: value[k : k + 1].clone() for layer, value in features.items()}
+            key = image_key(self._settings.seed, f"{name}/{int(mirrored)}")
+            labels = (mirror(truth) if mirrored else truth).to(images.tensor.device)
+            views.append(View(2 * i + int(mirrored), key, own, size, labels))
+            self._cache.keep(views[-1])
+        return views
 
 
 def empty_truth(size: tuple[int, int]) -> Instances:
