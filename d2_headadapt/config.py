@@ -91,6 +91,20 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.
     node.PREDICTOR = "HeadAdaptOutputLayers"
 
+    # Classification tasks beside detection: task name -> its keys (see d2_headadapt/tasks/spec.py).
+    cfg.MODEL.TASKS = CfgNode(new_allowed=True)
+
+    # MultiTaskClassifier: the backbone's feature (empty: its last one), "avg" or "flatten", and the (height, width) of
+    # its images, from which the width of flattened features is inferred.
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    cfg.MODEL.CLASSIFIER.IN_FEATURE = ""
+    cfg.MODEL.CLASSIFIER.POOLING = "avg"
+    cfg.MODEL.CLASSIFIER.INPUT_SIZE = [224, 224]
+
+    # build_conv_net_backbone: the channels of its 3x3 convolutions, each followed by ReLU and 2x2 max pooling.
+    cfg.MODEL.CONV_NET = CfgNode()
+    cfg.MODEL.CONV_NET.CHANNELS = [64, 128, 256]
+
     # Datasets to register: mappings with name, json (COCO format) and images. Paths are relative to the yaml that
     # holds the entry; on the command line, to the working directory. A child yaml's list replaces its base's.
     cfg.DATASETS.REGISTER = []

@@ -19,6 +19,7 @@ from .config import add_headadapt_config
 from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
 from .errors import ConfigError, DatasetError, UsageError
 from .settings import AdaptSettings, apply_num_classes
+from .tasks.spec import complete_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ class PathAwareCfgNode(CfgNode):
             # Entries of a base file are absolute by now: it came through here first.
             folder = os.path.dirname(os.path.abspath(filename))
             datasets["REGISTER"] = absolute_entries(entries, folder)
+        tasks = (loaded.get("MODEL") or {}).get("TASKS") if isinstance(loaded.get("MODEL"), dict) else None
+        for task in tasks.values() if isinstance(tasks, dict) else ():
+            if isinstance(task, dict) and True in task:
+                task["on"] = task.pop(True)  # A bare `on` is a truth value in YAML 1.1.
         return loaded
 
 
@@ -61,8 +66,11 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
             )
         # The whole tree in one type, because yacs refuses to merge nodes of two.
         reader = PathAwareCfgNode(cfg)
+        reader.MODEL.TASKS.set_new_allowed(True)  # Which a copy forgets.
         _merge(reader, config_file, lambda: reader.merge_from_file(config_file))
         cfg = CfgNode(reader)
+        cfg.MODEL.TASKS.set_new_allowed(True)
+    complete_tasks(cfg)
     if len(opts) % 2:
         raise UsageError(
             "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."

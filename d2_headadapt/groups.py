@@ -17,7 +17,14 @@ from .plan import Shape, TensorPlan, carried_or_copied
 
 def source_key(space: str) -> str:
     """The config key that names the source classes of a label space."""
-    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{KEY_SUFFIXES.get(space, '')}"
+    if space not in KEY_SUFFIXES:
+        return f"MODEL.TASKS.{space}.source_classes"
+    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{KEY_SUFFIXES[space]}"
+
+
+def target_key(space: str) -> str:
+    """The config key that names the target classes of a label space."""
+    return source_key(space).replace("SOURCE_CLASSES", "TARGET_CLASSES").replace(".source_classes", ".classes")
 
 
 @dataclass
@@ -204,9 +211,7 @@ class HeadGroup:
         if in_file == in_model:
             return None
         side = "the file" if m.space not in self.sources else "the model"
-        key = source_key(m.space)
-        if m.space in self.sources:
-            key = key.replace("SOURCE", "TARGET")
+        key = target_key(m.space) if m.space in self.sources else source_key(m.space)
         return _Misfit(
             m.tensor, f"{in_file} in the file, {in_model} in the model; the classes of {side} are unknown: set {key}"
         )
@@ -215,8 +220,7 @@ class HeadGroup:
         in_file, in_model = self.source_shapes[m.tensor], self.target_shapes[m.tensor]
         found = self.maps.get(m.space)
         if found is None:
-            side = "SOURCE" if m.space not in self.sources else "TARGET"
-            key = source_key(m.space).replace("SOURCE", side)
+            key = target_key(m.space) if m.space in self.sources else source_key(m.space)
             reason = f"unverified: shapes agree, but the classes are unknown; {key} verifies it"
             return TensorPlan(
                 m.tensor,

@@ -14,6 +14,7 @@ from .classes import KEY_SUFFIXES, SPACES, ClassTable
 from .config import add_headadapt_config
 from .datasets import resolve_table, training_table
 from .errors import ConfigError, DatasetError
+from .tasks.spec import source_tables, task_specs
 
 logger = logging.getLogger(__name__)
 ATTRIBUTE = "head_adapt_settings"
@@ -111,6 +112,12 @@ class AdaptSettings:
                 table = _training_table(cfg.DATASETS.TRAIN, space, registered_only)
             if table is not None:
                 target[space] = table
+        for name, named in source_tables(cfg).items():
+            if named is None:
+                initialise.add(name)
+            else:
+                source[name] = named
+        target.update({spec.name: spec.table for spec in task_specs(cfg, registered_only=registered_only)})
         return cls(
             target,
             source,

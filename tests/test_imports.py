@@ -19,8 +19,8 @@ PACKAGE = Path(d2_headadapt.__file__).parent
 ROOMS = """
 version errors
 config classes layouts
-vocabularies categories entries datasets settings
-layout_registry detectron2_layouts
+vocabularies categories entries datasets tasks tasks.spec settings
+layout_registry detectron2_layouts tasks.heads
 surgery plan groups planning
 report class_picture report_html
 files.arrays files.pickle_machine files.unpickling files.torchzip files.torch_tensors files.torchfile

@@ -124,7 +124,8 @@ def test_the_defaults_change_nothing() -> None:
     cfg, stock = get_cfg(), get_cfg()
     add_headadapt_config(cfg)
     assert AdaptSettings.from_config(cfg) == AdaptSettings()
-    del cfg.MODEL["HEAD_ADAPT"], cfg.DATASETS["REGISTER"]
+    del cfg.MODEL["HEAD_ADAPT"], cfg.MODEL["TASKS"], cfg.MODEL["CLASSIFIER"], cfg.MODEL["CONV_NET"]
+    del cfg.DATASETS["REGISTER"]
     assert cfg == stock
 
 
