@@ -139,7 +139,7 @@ def test_a_short_run_of_the_demo(
     class Watch(arms.Watch):
         def before_train(self) -> None:
             reports = [hook.report for hook in self.trainer._hooks if isinstance(hook, FitHook)]
-            solved[self.result.arm.folder] = [report.solved for report in reports]
+            solved[self.result.arm.folder] = [report.solved for report in reports if report is not None]
             super().before_train()
 
     monkeypatch.setattr(arms, "Watch", Watch)
