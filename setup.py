@@ -29,9 +29,9 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["d2_headadapt", "d2_headadapt.*"]),
     package_data={"d2_headadapt": ["data/*"]},
-    install_requires=["torch", "fvcore", "iopath", "pycocotools"],
+    install_requires=["torch", "fvcore", "iopath", "pycocotools", "matplotlib", "scikit-learn>=1.3"],
     extras_require={
-        "demo": ["scikit-learn", "matplotlib", "opencv-python-headless"],
+        "demo": ["opencv-python-headless"],
         "files": ["safetensors"],
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "dev": [

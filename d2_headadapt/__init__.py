@@ -23,6 +23,8 @@ from .planning import plan_adaptation
 from .predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from .roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdaptROIHeads
 from .settings import AdaptSettings
+from .tasks.backbones import build_conv_net_backbone
+from .tasks.classifier import MultiTaskClassifier
 from .version import __version__
 from .vocabularies import vocabulary
 
@@ -39,10 +41,12 @@ __all__ = [
     "HeadAdaptROIHeads",
     "HeadAdaptRes5ROIHeads",
     "HeadLayout",
+    "MultiTaskClassifier",
     "TensorPlan",
     "Trainer",
     "__version__",
     "add_headadapt_config",
+    "build_conv_net_backbone",
     "layouts_of",
     "match_classes",
     "plan_adaptation",

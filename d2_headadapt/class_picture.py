@@ -16,7 +16,7 @@ from itertools import groupby
 
 from .classes import ClassMap, ClassTable
 from .plan import AdaptPlan
-from .report import plan_notices, split_renamed
+from .report import added_tasks, plan_notices, removed_tasks, split_renamed
 
 ROW = 26
 """Height of a row of the picture, in pixels."""
@@ -82,6 +82,10 @@ def _unmapped_space(plan: AdaptPlan, space: str) -> str:
     known = [("file", plan.source.get(space)), ("model", plan.target.get(space))]
     why = "No class of this space is moved" if all(table for _, table in known) else "The classes are not all known"
     why += "; see the notes above." if plan_notices(plan) else "."
+    if space in removed_tasks(plan):
+        why = "The model has no such task, and its classes are dropped."
+    elif space in added_tasks(plan):
+        why = "The file has no such task."
     lists = []
     for side, table in known:
         if table is not None:

@@ -68,7 +68,7 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     fit.REGIONS = 60000
     fit.PROPOSALS = 100
     # Heads that may be solved; RPN is "auto" (where held-out recall rises by it), "always" or "never".
-    fit.PARTS = ["rpn", "box", "mask", "dense"]
+    fit.PARTS = ["rpn", "box", "mask", "dense", "task"]
     fit.RPN = "auto"
     # Penalties to choose from by held-out score, strongest first: of classifiers, and of box regressors.
     fit.PENALTIES = [3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4]
@@ -82,10 +82,9 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Memory in MB for backbone features between passes, and the fit's own seed.
     fit.CACHE_MB = 1024
     fit.SEED = 0
-    # The training that follows: length of its calm in iterations, the factor on the gradients of everything below the
-    # solved layers, and the iterations after which the new rows are solved again.
+    # The training that follows: for so many iterations every fifth step goes back half of the way, and after these the
+    # new rows are solved again.
     fit.CALM_ITERS = 600
-    fit.FEATURE_RATE = 0.5
     fit.REFITS = [50, 100, 200]
 
     # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
 
 from .classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from .components import add_component_keys, import_components
@@ -19,6 +20,8 @@ from .config import add_headadapt_config
 from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
 from .errors import ConfigError, DatasetError, UsageError
 from .settings import AdaptSettings, apply_num_classes
+from .tasks.checks import check_tasks
+from .tasks.data import say_unused_tasks, settle_tasks
 from .tasks.spec import complete_tasks
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ class PathAwareCfgNode(CfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        _refuse_duplicate_tasks(filename)
         datasets = loaded.get("DATASETS")
         entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
         if isinstance(datasets, dict) and isinstance(entries, (list, tuple)):
@@ -41,6 +45,28 @@ class PathAwareCfgNode(CfgNode):
             if isinstance(task, dict) and True in task:
                 task["on"] = task.pop(True)  # A bare `on` is a truth value in YAML 1.1.
         return loaded
+
+
+def _refuse_duplicate_tasks(filename: str) -> None:
+    """PyYAML keeps the last of two equal keys without a word: the first task, or key of a task, would be gone."""
+    with PathManager.open(filename, "r") as file:
+        node = yaml.compose(file, Loader=yaml.SafeLoader)
+    for name in ("MODEL", "TASKS"):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        node = next((value for key, value in pairs if key.value == name), None)
+    place = "MODEL.TASKS"
+    below = [(f"{place}.{key.value}", value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
+    for where, mapping in ((place, node), *below):
+        seen: dict[str, Any] = {}
+        for key, _ in mapping.value if isinstance(mapping, yaml.MappingNode) else ():
+            if key.value in seen:
+                raise ConfigError(
+                    f"{filename}, {where}",
+                    expected="different names",
+                    found=f"{key.value!r} in lines {seen[key.value]} and {key.start_mark.line + 1}",
+                    fix="Rename or remove one of the two; YAML would keep the last.",
+                )
+            seen[key.value] = key.start_mark.line + 1
 
 
 def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> CfgNode:
@@ -95,6 +121,9 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
         HeadAdaptError: a dataset, class table or key that cannot be used.
     """
     register_datasets(cfg.DATASETS.REGISTER)
+    check_tasks(cfg)
+    settle_tasks(cfg, registered_only=not reads_labels)
+    say_unused_tasks(cfg)
     named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
     settings = AdaptSettings.from_config(cfg, registered_only=bool(named) and not reads_labels)

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.utils.file_io import PathManager
 
 from .categories import keypoint_names, read_categories, read_names
@@ -20,6 +19,7 @@ from .classes import ClassTable, did_you_mean, nearest
 from .entries import DatasetEntry, checked_entry
 from .entries import absolute_entries as absolute_entries
 from .errors import ClassTableError, ConfigError, DatasetError
+from .tasks.labels import TaskFacts, load_labelled, survey
 from .vocabularies import has_vocabulary, vocabulary, vocabulary_names
 
 logger = logging.getLogger(__name__)
@@ -30,26 +30,30 @@ SPACE_METADATA = {"thing": "thing_classes", "stuff": "stuff_classes", "keypoint"
 
 _registered: dict[str, tuple[DatasetEntry, Callable[[], Any]]] = {}
 _loaded: dict[str, Callable[[], Any]] = {}
+_facts: dict[str, dict[str, TaskFacts]] = {}
 
 
 def register_datasets(entries: Sequence[Any], where: str = "DATASETS.REGISTER") -> None:
-    """Register COCO json datasets as detectron2's ``register_coco_instances`` does.
+    """Register COCO json datasets as detectron2's ``register_coco_instances`` does, and csv files of image labels.
 
     All entries are checked before the first is registered. An entry that is registered already, by an earlier call of
     this function in this process, is left alone.
 
     Args:
         entries: mappings with ``name``, ``json`` and ``images`` (paths absolute by now), and where wanted
-            ``thing_classes``, ``keypoint_names``, ``keypoint_flip_map`` (pairs of names) and ``extra_keys`` (keys of
-            each annotation that the dataset dicts keep).
+            ``thing_classes``, ``keypoint_names``, ``keypoint_flip_map`` (pairs of names), ``extra_keys`` (keys of
+            each annotation that the dataset dicts keep) and ``tasks``; or with ``csv``, ``images``, ``file`` and
+            ``tasks``, and where wanted ``missing``, ``separator`` and ``split``
+            (see :class:`d2_headadapt.entries.DatasetEntry`).
         where: the config key, for messages.
 
     Raises:
         ConfigError: an entry that has an unknown key, lacks one, or holds a value of the wrong type.
-        DatasetError: a file or folder that is not there, a name that another dataset has, or ``thing_classes`` that
-            are not those of the json.
+        DatasetError: a file or folder that is not there, a name that another dataset has, ``thing_classes`` that
+            are not those of the json, or labels of tasks that cannot be read.
     """
     new: dict[str, DatasetEntry] = {}
+    facts: dict[str, dict[str, TaskFacts]] = {}
     for i, raw in enumerate(entries):
         entry = checked_entry(raw, f"{where}[{i}]")
         place = f"{where}[{i}] ({entry.name!r})"
@@ -57,12 +61,41 @@ def register_datasets(entries: Sequence[Any], where: str = "DATASETS.REGISTER") 
             continue
         _check_name_is_free(entry, new, place)
         _check_content(entry, place)
+        facts[entry.name] = survey(entry)
         new[entry.name] = entry
     for name, entry in new.items():
-        load = partial(load_coco_json, entry.json, entry.images, name, list(entry.extra_keys))
+        load = partial(load_labelled, entry)
         DatasetCatalog.register(name, load)
         MetadataCatalog.get(name).set(**entry.metadata)
         _registered[name] = (entry, load)
+        _facts[name] = facts[name]
+        if facts[name]:
+            set_task_labels(name, {})
+
+
+def task_facts(name: str) -> Mapping[str, TaskFacts]:
+    """What the file of a dataset of :func:`register_datasets` says of its tasks; empty for any other dataset."""
+    entry, load = _registered.get(name, (None, None))
+    ours = entry is not None and name in DatasetCatalog and DatasetCatalog[name] is load
+    return _facts[name] if ours else {}
+
+
+def set_task_labels(name: str, given: Mapping[str, tuple[Sequence[str], str]]) -> None:
+    """Say what the labels of a dataset of :func:`register_datasets` mean from now on, in its metadata.
+
+    Args:
+        name: the dataset.
+        given: task -> its class names and its kind; another task has the classes and the kind that the file shows.
+    """
+    facts = task_facts(name)
+    own = {task: (one.classes, "multi" if one.multi else "single") for task, one in facts.items()}
+    values = {task: given.get(task, own[task]) for task in facts}
+    # Not by attribute: detectron2 refuses a second value, and another model of this process may have another list.
+    vars(MetadataCatalog.get(name)).update(
+        task_levels={task: one.level for task, one in facts.items()},
+        task_classes={task: list(names) for task, (names, _) in values.items()},
+        task_kinds={task: kind for task, (_, kind) in values.items()},
+    )
 
 
 def _is_registered(entry: DatasetEntry) -> bool:
@@ -73,10 +106,11 @@ def _is_registered(entry: DatasetEntry) -> bool:
 
 def _check_name_is_free(entry: DatasetEntry, new: Mapping[str, DatasetEntry], place: str) -> None:
     if entry.name in new:
-        taken = f"another entry of that name, with {new[entry.name].json}"
+        taken = f"another entry of that name, with {new[entry.name].labels}"
     elif entry.name in DatasetCatalog:
-        json_file = MetadataCatalog.get(entry.name).get("json_file")
-        taken = f"a dataset registered under it already{f', with {json_file}' if json_file else ''}"
+        left = MetadataCatalog.get(entry.name)
+        file = left.get("json_file") or left.get("csv_file")
+        taken = f"a dataset registered under it already{f', with {file}' if file else ''}"
     else:
         left = MetadataCatalog.get(entry.name)
         wrong = [key for key, value in entry.metadata.items() if left.get(key) not in (None, value)]
@@ -93,19 +127,19 @@ def _check_name_is_free(entry: DatasetEntry, new: Mapping[str, DatasetEntry], pl
 
 def _check_content(entry: DatasetEntry, place: str) -> None:
     for key, path, exists in (
-        ("json", entry.json, PathManager.isfile),
+        ("json" if entry.csv is None else "csv", entry.labels, PathManager.isfile),
         ("images", entry.images, PathManager.isdir),
     ):
         if "://" not in path and not exists(path):
             raise DatasetError(
                 f"{place}.{key}",
-                expected="a file" if key == "json" else "a folder",
+                expected="a folder" if key == "images" else "a file",
                 found=f"{path}, which is not there" if not PathManager.exists(path) else f"{path}, which is none",
                 fix="Correct the path; a relative one starts at the folder of the yaml that holds the entry.",
             )
     # Metadata may be there first; loading sets thing_classes again, and detectron2 asserts that they agree.
     names = entry.thing_classes or MetadataCatalog.get(entry.name).get("thing_classes")
-    if names:
+    if names and entry.json is not None:
         where = f"{place}.thing_classes" if entry.thing_classes else f"MetadataCatalog, {entry.name!r}"
         in_file = ClassTable([c["name"] for c in read_categories(entry.json)], origin=entry.json)
         _refuse_difference(ClassTable(names, origin=where), in_file, place, "Correct thing_classes, or leave them out.")
@@ -116,7 +150,7 @@ def dataset_table(name: str, space: str = "thing") -> ClassTable | None:
 
     Args:
         name: a dataset of detectron2's ``DatasetCatalog``.
-        space: ``thing``, ``stuff`` or ``keypoint``.
+        space: ``thing``, ``stuff``, ``keypoint`` or the name of a task.
 
     Returns:
         ClassTable or None: ``None`` where the dataset has no classes in that space.
@@ -135,7 +169,8 @@ def dataset_table(name: str, space: str = "thing") -> ClassTable | None:
         )
     key = SPACE_METADATA.get(space)
     if key is None:
-        return None
+        names = MetadataCatalog.get(name).get("task_classes", {}).get(space)
+        return ClassTable(names, origin=name) if names else None
     names = MetadataCatalog.get(name).get(key) or _names_without_metadata(name, key, space)
     return ClassTable(names, origin=name) if names else None
 
@@ -155,7 +190,7 @@ def _names_without_metadata(name: str, key: str, space: str) -> Sequence[str] | 
             return None
         return keypoint_names(read_categories(path), path)
     # Metadata is set as a whole: ade20k_sem_seg_train, which has stuff, will have no things after minutes of loading.
-    if has_names:
+    if has_names or evaluator == "tasks":
         return None
     load = DatasetCatalog[name]
     if _loaded.get(name) is not load:

@@ -42,11 +42,15 @@ from torch.utils.tensorboard import SummaryWriter
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import load_config, registered_names, resolve_config
-from .errors import DatasetError, HeadAdaptError, PlanRefused
+from .errors import ConfigError, DatasetError, HeadAdaptError, PlanRefused
 from .fit.training import FitHook
 from .report import plan_markdown
 from .selecting import freeze
 from .settings import AdaptSettings, attach_settings, with_keys
+from .tasks.data import settle_tasks
+from .tasks.mapper import build_task_test_loader, build_task_train_loader
+from .tasks.spec import task_specs
+from .tasks.watching import UntrainedHeads
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +116,24 @@ class Trainer(DefaultTrainer):
         # Here rather than after __init__, because the stock hooks keep a reference to the checkpointer.
         self.checkpointer = HeadAdaptCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks: list[HookBase | None] = super().build_hooks()
-        if with_keys(self.cfg).MODEL.HEAD_ADAPT.FIT.ENABLED:
-            hooks.insert(0, FitHook.from_config(self.cfg, lambda: self.checkpointer.rows_to_fit()))
+        cfg = with_keys(self.cfg)
+        if cfg.MODEL.HEAD_ADAPT.FIT.ENABLED:
+            hooks.insert(0, FitHook.from_config(cfg, lambda: self.checkpointer.rows_to_fit()))
+        # Before all others, because an evaluation calls the model too.
+        hooks.insert(0, UntrainedHeads(task_specs(cfg, registered_only=True)))
         return hooks
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
+        return build_task_train_loader(cfg) if cfg.MODEL.get("TASKS") else super().build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
+        if cfg.MODEL.get("TASKS"):
+            return build_task_test_loader(cfg, dataset_name)
+        return super().build_test_loader(cfg, dataset_name)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load ``last_checkpoint`` where ``resume`` and there is one, else ``MODEL.WEIGHTS``, and say what is left.
@@ -159,13 +178,15 @@ class Trainer(DefaultTrainer):
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-    """The evaluator that a dataset's metadata asks for with ``evaluator_type``.
+    """The evaluator that a dataset's metadata asks for with ``evaluator_type``, and one for the tasks of the config.
 
     Raises:
-        DatasetError: the dataset names no type, or one that detectron2 has no evaluator for.
+        DatasetError: the dataset names no type, or one that neither detectron2 nor this package has an evaluator for.
+        ConfigError: the dataset has labels of tasks alone, and ``MODEL.TASKS`` is empty.
     """
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    judge_tasks = _task_evaluators(cfg, dataset_name, folder)
     sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     build: dict[str, Callable[[], list[DatasetEvaluator]]] = {
         "coco": lambda: [COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)],
@@ -179,6 +200,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         "cityscapes_sem_seg": lambda: [CityscapesSemSegEvaluator(dataset_name)],
         "pascal_voc": lambda: [PascalVOCDetectionEvaluator(dataset_name)],
         "lvis": lambda: [LVISEvaluator(dataset_name, output_dir=folder)],
+        "tasks": list,
     }
     if kind not in build:
         raise DatasetError(
@@ -187,8 +209,28 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
             found=repr(kind),
             fix=f"MetadataCatalog.get({dataset_name!r}).set(evaluator_type='coco', json_file=..., image_root=...)",
         )
-    evaluators = build[kind]()
+    if kind == "tasks" and not judge_tasks:
+        raise ConfigError(
+            "MODEL.TASKS",
+            expected=f"a task to evaluate on dataset {dataset_name!r}, which has labels of tasks alone",
+            found="none",
+            fix='Declare one: MODEL: {TASKS: {colour: {"on": image}}}.',
+        )
+    # A model of whole images has no detections for the others.
+    images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"
+    evaluators = judge_tasks if images_alone else build[kind]() + judge_tasks
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def _task_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:
+    if not cfg.MODEL.get("TASKS"):
+        return []
+    # Here, because scikit-learn takes two seconds to import, which nobody without tasks should wait for.
+    from .tasks.evaluation import TaskEvaluator
+
+    settle_tasks(cfg, also=[dataset_name], registered_only=True)
+    specs = task_specs(cfg, registered_only=True)
+    return [TaskEvaluator(dataset_name, specs, folder)] if specs else []
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One entry of ``DATASETS.REGISTER``: a COCO json dataset that a yaml declares."""
+"""One entry of ``DATASETS.REGISTER``: a COCO json, or a csv of image labels, that a yaml declares."""
 
 from __future__ import annotations
 
@@ -10,21 +10,66 @@ from typing import Any
 from .classes import did_you_mean
 from .errors import ConfigError
 
+MISSING = ("", "NA")
+"""Values that stand for a label that nobody gave, unless an entry names others."""
+
+_OF_JSON = ("thing_classes", "keypoint_names", "keypoint_flip_map", "extra_keys")
+_OF_CSV = ("file", "separator", "split")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a csv: a row is held out by a hash of its file name and ``seed``, whatever its place in the file.
+
+    Args:
+        part: ``"train"``, or ``"test"`` for the rows that are held out.
+        held_out: share of the files that are, between 0 and 1.
+        seed: of the hash.
+    """
+
+    part: str
+    held_out: float = 0.25
+    seed: int = 0
+
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One entry of DATASETS.REGISTER, checked; equal entries register the same dataset."""
+    """One entry of DATASETS.REGISTER, checked; equal entries register the same dataset.
+
+    Args:
+        json, csv: one of them is the file of labels.
+        images: folder that the file names of images start at.
+        tasks: pairs of a task and the column that it is in (csv), or its level ``"image"``, ``"box"`` or ``""`` for
+            what the file shows (json).
+        file: pattern of a row's file name, ``"{id}.jpg"`` with a column ``id``.
+        missing: values of a label that stand for none.
+        separator: between the labels of a cell.
+        split: ``None`` for all rows.
+    """
 
     name: str
-    json: str
+    json: str | None
     images: str
+    csv: str | None = None
     thing_classes: tuple[str, ...] | None = None
     keypoint_names: tuple[str, ...] | None = None
     keypoint_flip_map: tuple[tuple[str, str], ...] | None = None
     extra_keys: tuple[str, ...] = ()
+    tasks: tuple[tuple[str, str], ...] = ()
+    file: str = ""
+    missing: tuple[str, ...] = MISSING
+    separator: str = "|"
+    split: Split | None = None
+
+    @property
+    def labels(self) -> str:
+        """The file of labels."""
+        return self.json if self.json is not None else self.csv or ""
 
     @property
     def metadata(self) -> dict[str, Any]:
+        if self.csv is not None:
+            return {"csv_file": self.csv, "image_root": self.images, "evaluator_type": "tasks"}
         # Lists, because load_coco_json sets thing_classes to a list later and detectron2 wants old and new to be equal.
         metadata: dict[str, Any] = {"json_file": self.json, "image_root": self.images, "evaluator_type": "coco"}
         for key in ("thing_classes", "keypoint_names", "keypoint_flip_map"):
@@ -35,7 +80,7 @@ class DatasetEntry:
 
 
 def absolute_entries(entries: Sequence[Any], base_dir: str) -> list[Any]:
-    """Entries of ``DATASETS.REGISTER`` with ``json`` and ``images`` taken as relative to ``base_dir``.
+    """Entries of ``DATASETS.REGISTER`` with ``json``, ``csv`` and ``images`` taken as relative to ``base_dir``.
 
     Absolute paths and URIs stay, ``~`` is the home folder. What is no mapping or no string stays as it is, for
     :func:`register_datasets` to refuse.
@@ -43,7 +88,7 @@ def absolute_entries(entries: Sequence[Any], base_dir: str) -> list[Any]:
     resolved: list[Any] = []
     for entry in entries:
         if isinstance(entry, Mapping):
-            paths = {key: _absolute(entry[key], base_dir) for key in ("json", "images") if key in entry}
+            paths = {key: _absolute(entry[key], base_dir) for key in ("json", "csv", "images") if key in entry}
             entry = {**entry, **paths}
         resolved.append(entry)
     return resolved
@@ -76,7 +121,16 @@ def checked_entry(raw: Any, place: str) -> DatasetEntry:
                 fix=f"Remove or rename it.{did_you_mean(str(key), keys)}",
             )
     values = {key: value for key, value in raw.items() if value is not None}
-    for key in ("name", "json", "images"):
+    labels = "csv" if "csv" in values else "json"
+    foreign = [key for key in (*(_OF_CSV if labels == "json" else _OF_JSON), "json") if key in values and key != labels]
+    if foreign:
+        raise ConfigError(
+            f"{place}.{foreign[0]}",
+            expected=f"no such key in an entry with {labels}",
+            found=repr(values[foreign[0]]),
+            fix=f"Remove it, or {labels}.",
+        )
+    for key in ("name", labels, "images", *(("file",) if labels == "csv" else ())):
         if not isinstance(values.get(key), str) or not values[key]:
             found = f"{values[key]!r} ({type(values[key]).__name__})" if key in values else "nothing"
             raise ConfigError(f"{place}.{key}", expected="a string", found=found, fix=f"Give {key}, in quotes.")
@@ -85,7 +139,61 @@ def checked_entry(raw: Any, place: str) -> DatasetEntry:
             values[key] = _strings(values[key], f"{place}.{key}")
     if "keypoint_flip_map" in values:
         values["keypoint_flip_map"] = _flip_map(values, f"{place}.keypoint_flip_map")
-    return DatasetEntry(**values)
+    if "missing" in values:
+        one = values["missing"]
+        values["missing"] = _strings([one] if isinstance(one, str) else one, f"{place}.missing")
+    if "separator" in values and (not isinstance(values["separator"], str) or not values["separator"]):
+        raise ConfigError(
+            f"{place}.separator", expected="a string", found=repr(values["separator"]), fix='Write "|", in quotes.'
+        )
+    values["split"] = _split(values.get("split"), f"{place}.split")
+    values["tasks"] = _tasks(values.get("tasks"), labels, f"{place}.tasks")
+    return DatasetEntry(**{"json": None, **values})
+
+
+def _split(value: Any, place: str) -> Split | None:
+    if value is None:
+        return None
+    keys = [f.name for f in fields(Split)]
+    found = {"held_out": 0.25, "seed": 0, **value} if isinstance(value, Mapping) else {}
+    share, seed = found.get("held_out"), found.get("seed")
+    good = (
+        set(found) == set(keys)
+        and found["part"] in ("train", "test")
+        and isinstance(share, float)
+        and 0 < share < 1
+        and isinstance(seed, int)
+    )
+    if not good:
+        raise ConfigError(
+            place,
+            expected="part (train or test), held_out (a share between 0 and 1) and seed (a whole number)",
+            found=repr(value),
+            fix="Write {part: train, held_out: 0.25, seed: 0}, and part: test in the entry that evaluates.",
+        )
+    return Split(**found)
+
+
+def _tasks(value: Any, labels: str, place: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of a task and its column (csv) or level (json, empty where the file shall tell)."""
+    if isinstance(value, (list, tuple)):
+        value = {task: task if labels == "csv" else "" for task in _strings(value, place)}
+    if not value and labels == "json":
+        return ()
+    wants, example = "a mapping from tasks to columns", "{colour: colour_column}"
+    if labels == "json":
+        wants, example = "a list of tasks, or a mapping from tasks to {on: image} or {on: box}", "{colour: {on: box}}"
+        if isinstance(value, Mapping):
+            # A bare `on` is a truth value in YAML 1.1.
+            value = {
+                task: one.get("on", one.get(True)) if isinstance(one, Mapping) else one for task, one in value.items()
+            }
+    good = isinstance(value, Mapping) and value and all(isinstance(s, str) for pair in value.items() for s in pair)
+    if not good or (labels == "json" and not set(value.values()) <= {"image", "box", ""}):
+        raise ConfigError(
+            place, expected=wants, found="nothing" if value is None else repr(value), fix=f"Write {example}."
+        )
+    return tuple(value.items())
 
 
 def _strings(value: Any, place: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Instances
 from fvcore.common.registry import Registry
 from torch import nn
 
@@ -22,19 +23,22 @@ from .detectron2_layouts import fast_rcnn_layouts
 from .errors import ClassTableError, ConfigError
 from .layout_registry import ModuleContext
 from .layouts import HeadLayout
+from .tasks.boxes import Predictions, features_of, log_accuracies, task_labels
+from .tasks.heads import TaskHeads
+from .tasks.spec import TaskSpec
 
 PREDICTOR_REGISTRY = Registry("PREDICTOR")
 PREDICTOR_REGISTRY.__doc__ = """
-Box predictors, called as ``predictor(cfg, input_shape, box2box_transform=..., class_table=...)``. The config key
-``MODEL.HEAD_ADAPT.PREDICTOR`` names the one to use.
+Box predictors, called as ``predictor(cfg, input_shape, box2box_transform=..., class_table=...)``; where boxes have
+tasks, also with ``tasks=`` their specs. The config key ``MODEL.HEAD_ADAPT.PREDICTOR`` names the one to use.
 """
 
 
 @PREDICTOR_REGISTRY.register()
 class HeadAdaptOutputLayers(FastRCNNOutputLayers):
-    """``FastRCNNOutputLayers`` with a class table.
+    """``FastRCNNOutputLayers`` with a class table, and with classification tasks on the same region features.
 
-    Forward, losses and inference are the parent's, untouched.
+    Forward, losses and inference are the parent's; without tasks nothing is added to them.
     """
 
     @configurable
@@ -43,6 +47,7 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
         input_shape: ShapeSpec,
         *,
         class_table: ClassTable | None = None,
+        tasks: Sequence[TaskSpec] = (),
         cls_agnostic_bbox_reg: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -50,6 +55,7 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
         Args:
             input_shape: of the region features, (C,) or (C, H, W).
             class_table: the K classes of the rows, where they are known.
+            tasks: classified on every foreground region in training, and on every detection.
             cls_agnostic_bbox_reg: one box regressor for all classes.
             kwargs: the parent's.
 
@@ -67,11 +73,85 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
         self.class_table = class_table
         # A one-class regressor and a class-agnostic one have the same shape; only the constructor knows.
         self.cls_agnostic = cls_agnostic_bbox_reg
+        # Last, so that a seeded generator gives everything before it the values it has without tasks.
+        self.tasks = TaskHeads(self.cls_score.in_features, tasks) if tasks else None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         ret: dict[str, Any] = super().from_config(cfg, input_shape)
         return ret
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (R, K + 1) and deltas of regions (R, C) or (R, C, H, W); with tasks a :class:`Predictions`."""
+        scores, deltas = super().forward(x)
+        return (scores, deltas) if self.tasks is None else Predictions((scores, deltas), x.flatten(1))
+
+    def losses(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> dict[str, torch.Tensor]:
+        """The parent's losses, and ``loss_task_<name>`` over the foreground regions whose label is known.
+
+        Each is the mean over what is labelled, times the share of foreground among all regions: so an object weighs as
+        much in the loss of a task as in those of class and box, which stock takes the mean of over all regions.
+
+        Args:
+            predictions: of :meth:`forward`.
+            proposals: with ``gt_classes``, and ``gt_<task>`` where an image has labels of the task: (R_i,) int64, or
+                (R_i, K) for several labels, as :meth:`TaskHead.loss` takes them.
+        """
+        losses: dict[str, torch.Tensor] = super().losses(predictions, proposals)
+        if self.tasks is not None:
+            features = features_of(predictions)
+            foreground = [(p.gt_classes >= 0) & (p.gt_classes < self.num_classes) for p in proposals]
+            # No foreground at all is no row, and still a graph: every rank reaches every parameter.
+            chosen = features[torch.cat(foreground)]
+            logits = self.tasks(chosen)
+            labels = {head.spec.name: task_labels(head, proposals, foreground) for head in self.tasks}
+            log_accuracies(logits, labels)
+            # With the plain mean, two tasks outweighed the classes: the AP of configs/demo_tasks.yaml was 37, not 72.
+            share = len(chosen) / max(len(features), 1)
+            losses.update({name: loss * share for name, loss in self.tasks.losses(logits, labels).items()})
+        return losses
+
+    def inference(
+        self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[torch.Tensor]]:
+        """The parent's detections, with ``pred_<task>`` and ``scores_<task>`` of the region that each came from."""
+        instances, kept = super().inference(predictions, proposals)
+        if self.tasks is not None and proposals:
+            regions: list[torch.Tensor] = []
+            start = 0
+            boxes, probs = self.predict_boxes(predictions, proposals), self.predict_probs(predictions, proposals)
+            for rows, box, prob in zip(kept, boxes, probs, strict=True):
+                # Stock drops what is not finite before it counts, and counts in images of their own.
+                finite = box.isfinite().all(dim=1) & prob.isfinite().all(dim=1)
+                regions.append(start + finite.nonzero()[:, 0][rows])
+                start += len(box)
+            self.classify(features_of(predictions)[torch.cat(regions)], instances)
+        return instances, kept
+
+    def classify(self, features: torch.Tensor, instances: Sequence[Instances]) -> None:
+        """Set ``pred_<task>`` and ``scores_<task>`` of detections, in place.
+
+        ``scores_<task>`` is (n, K). ``pred_<task>`` is the best class, (n,) int64; where several labels are possible,
+        (n, K) bool: each whose score is 0.5 or more.
+
+        Args:
+            features: one row for each detection, those of the first image first.
+            instances: one for each image.
+        """
+        if self.tasks is None:
+            return
+        for name, logits in self.tasks(features).items():
+            head = self.tasks[name]
+            scores = head.scores(logits)
+            found = scores >= 0.5 if head.spec.multi else scores.argmax(dim=1)
+            start = 0
+            for image in instances:
+                rows = slice(start, start + len(image))
+                image.set(f"scores_{name}", scores[rows])
+                image.set(f"pred_{name}", found[rows])
+                start = rows.stop
 
     def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
         """Layouts of ``cls_score``, ``bbox_pred`` and the federated-loss weights."""
@@ -127,12 +207,25 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
 
 
 def replace_predictor(
-    name: str, cfg: CfgNode, stock: FastRCNNOutputLayers, input_shape: ShapeSpec, class_table: ClassTable | None
+    name: str,
+    cfg: CfgNode,
+    stock: FastRCNNOutputLayers,
+    input_shape: ShapeSpec,
+    class_table: ClassTable | None,
+    tasks: Sequence[TaskSpec] = (),
 ) -> nn.Module:
     """Build predictor ``name`` in place of the one that stock detectron2 just built.
 
     Stock hard-codes its predictor. Ours is built without moving the random stream and takes the values that stock's
     drew, so that every module built later, and every loss, is the one that stock would have had.
+
+    Args:
+        name: in :data:`PREDICTOR_REGISTRY`.
+        cfg: what the predictor reads.
+        stock: what detectron2 built.
+        input_shape: of the region features.
+        class_table: its classes, where they are known.
+        tasks: passed on as ``tasks`` where there are any.
 
     Raises:
         ConfigError: no predictor of that name.
@@ -145,9 +238,11 @@ def replace_predictor(
             found=repr(name),
             fix=f"Register it, or correct the name.{did_you_mean(name, known)}",
         )
+    # A registered predictor need not know of tasks as long as there are none.
+    more = {"tasks": tasks} if tasks else {}
     with torch.random.fork_rng(devices=[]):
         ours: nn.Module = PREDICTOR_REGISTRY.get(name)(
-            cfg, input_shape, box2box_transform=stock.box2box_transform, class_table=class_table
+            cfg, input_shape, box2box_transform=stock.box2box_transform, class_table=class_table, **more
         )
     shapes = {key: value.shape for key, value in ours.state_dict().items()}
     drawn = {key: value for key, value in stock.state_dict().items() if shapes.get(key) == value.shape}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from .classes import ClassMap, ClassTable, normalise, shorten
-from .groups import source_key
+from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
+from .groups import source_key, target_key
 from .plan import ACTIONS, AdaptPlan, TensorPlan
 
 _HEADERS = ("head group", "tensor", "action", "in the file", "in the model", "classes")
@@ -55,6 +55,7 @@ def summary_line(plan: AdaptPlan) -> str:
         if count["dropped"]:
             words.append(f"{count['dropped']} dropped")
         parts.append(", ".join(words))
+    parts += [f"task {space} is not in the model" for space in removed_tasks(plan)]
     unverified = sum(not t.verified and t.action == "copied" for t in plan.tensors)
     tensors = summary["actions"]
     parts.append("tensors: " + ", ".join(f"{tensors[action]} {action}" for action in ACTIONS if tensors[action]))
@@ -134,9 +135,20 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
 
 
 def plan_spaces(plan: AdaptPlan) -> list[str]:
-    """The label spaces that the plan's tensors or tables name, sorted."""
+    """The label spaces that the plan's tensors or tables name, and the tasks that only the file has, sorted."""
     used = {t.space for t in plan.tensors if t.space is not None}
-    return sorted(used | {space for space in plan.target if space in plan.source})
+    return sorted(used | {space for space in plan.target if space in plan.source} | set(removed_tasks(plan)))
+
+
+def removed_tasks(plan: AdaptPlan) -> list[str]:
+    """Tasks of the file that the model does not have."""
+    return sorted(plan.source.keys() - {layout.space for layout in plan.layouts} - set(SPACES))
+
+
+def added_tasks(plan: AdaptPlan) -> list[str]:
+    """Tasks of the model that the file does not have."""
+    found = {layout.space for layout in plan.layouts} & plan.target.keys()
+    return sorted(found - plan.source.keys() - set(SPACES) - {t.space for t in plan.tensors if t.source_shape})
 
 
 def shape_text(shape: Sequence[int] | None) -> str:
@@ -165,12 +177,15 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
     """What to type about a tensor, and what to put into it."""
     if t.space is None:
         return "register_head_layout(...)", "in your own code, if its rows are classes"
-    for side, table, other in (("SOURCE", plan.source, t.source_shape), ("TARGET", plan.target, t.target_shape)):
-        key = source_key(t.space).replace("SOURCE", side)
+    sides = (
+        ("the file", source_key(t.space), plan.source, t.source_shape),
+        ("the model", target_key(t.space), plan.target, t.target_shape),
+    )
+    for side, key, table, other in sides:
         if re.search(rf"\b{re.escape(key)}(?!_)", t.reason) and "is 'none'" not in t.reason:
             layout = next((x for x in plan.layouts if x.tensor == t.name and x.axes), None)
             count = layout.num_classes(other) if layout is not None and other is not None else None
-            holds = f"; the shapes of {'the file' if side == 'SOURCE' else 'the model'} hold {count}" if count else ""
+            holds = f"; the shapes of {side} hold {count}" if count else ""
             verb = "corrected " if t.space in table else ""
             return f"{key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
     if t.action == "refused" and "exclude it" in t.reason:
@@ -215,6 +230,10 @@ def _rest(plan: AdaptPlan) -> list[tuple[str, str, str, str]]:
 
 def _class_lines(plan: AdaptPlan, space: str) -> list[tuple[str, str]]:
     found = plan.class_map(space)
+    if found is None and space in removed_tasks(plan):
+        return [(f"{space} classes of the file that are dropped", shorten(plan.source[space].names, _ALIAS_MOST))]
+    if found is None and space in added_tasks(plan):
+        return [(f"{space} classes that are new", shorten(plan.target[space].names, _ALIAS_MOST))]
     if found is None:
         return []
     same, renamed = split_renamed(found)

@@ -39,6 +39,7 @@ NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
         ("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
     ),
     "PanopticDeepLab": (("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),),
+    "MultiTaskClassifier": (),
 }
 """The keys that each meta-architecture of detectron2 reads its class counts from."""
 

@@ -336,26 +336,10 @@ def hook(model: Any, start: int = 0, **keys: Any) -> FitHook:
     return made
 
 
-def rates_of(made: FitHook) -> dict[str, float]:
-    model = made.trainer.model
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    made.after_backward()
-    return {name: float(p.grad.flatten()[0]) for name, p in model.named_parameters()}
-
-
-def test_the_hook_fits_before_training_and_slows_what_lies_below() -> None:
-    made = hook(tiny_model("standard"), feature_rate=0.25, calm_iters=100)
+def test_the_hook_fits_before_training() -> None:
+    made = hook(tiny_model("standard"))
     made.before_train()
     assert made.report is not None and HEADS in made.report.solved
-    rates = rates_of(made)
-    assert rates[f"{HEADS}.cls_score.weight"] == rates["proposal_generator.rpn_head.anchor_deltas.bias"] == 1
-    assert rates["roi_heads.box_head.fc1.weight"] == rates["proposal_generator.rpn_head.conv.weight"] == 0.25
-    assert rates["backbone.fpn_output2.weight"] == 0.25
-    found = []
-    for made.trainer.iter in (49, 75, 100):
-        found.append(rates_of(made)["roi_heads.box_head.fc1.weight"])
-    assert found == [0.25, 0.625, 1.0], "the features return to full speed over the second half of the calm"
 
 
 def test_every_fifth_step_goes_back_half_of_the_way_until_the_calm_ends() -> None:
@@ -428,13 +412,18 @@ def test_a_continued_run_is_not_fitted_again_and_stays_calm() -> None:
     second.load_state_dict(first.state_dict())
     second.before_train()
     assert second.report is None and same_bits(before, state_of(model))
-    assert rates_of(second)["roi_heads.box_head.fc1.weight"] < 1
     second.trainer.iter = 199
     second.after_step()
     assert same_bits(before, state_of(model)), "its classes may be others, so nothing is solved again"
+    weight = model.roi_heads.box_head.fc1.weight
+    with torch.no_grad():
+        weight.add_(1.0)
+    second.trainer.iter = 204
+    second.after_step()
+    assert torch.allclose(weight, before["roi_heads.box_head.fc1.weight"] + 0.5), "and it goes on averaging"
 
 
-@pytest.mark.parametrize("keys", [{"calm_iters": -1}, {"feature_rate": 1.5}, {"refits": (0,)}], ids=str)
+@pytest.mark.parametrize("keys", [{"calm_iters": -1}, {"refits": (0,)}], ids=str)
 def test_a_calm_that_cannot_work_names_its_key(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"MODEL.HEAD_ADAPT.FIT.{next(iter(keys)).upper()}"):
         CalmSettings(**keys)

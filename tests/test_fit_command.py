@@ -214,7 +214,9 @@ def test_labels_without_an_image_are_no_training_set(place: Workplace) -> None:
     ran = place.run("fit", "--output", place.folder / "fitted.pth")
     assert ran.code == 1
     # detectron2 may have logged something before.
-    assert "\nerror: DATASETS.TRAIN: expected datasets with images, found Dataset 'd2ha_fit' is empty!" in f"\n{ran.err}"
+    assert (
+        "\nerror: DATASETS.TRAIN: expected datasets with images, found Dataset 'd2ha_fit' is empty!" in f"\n{ran.err}"
+    )
     assert not (place.folder / "fitted.pth").exists()
 
 

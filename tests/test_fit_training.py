@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
 from helpers.models import state_of
 from test_resuming import CLS, NEW, OLD, cfg_for, train, writers_are_closed
 
 from d2_headadapt.engine import Trainer
+from d2_headadapt.fit import training
+from d2_headadapt.fit.calm import Lookahead
 from d2_headadapt.fit.training import FitHook
 
 __all__ = ["writers_are_closed"]
@@ -62,3 +66,33 @@ def test_a_resume_is_not_fitted_again(tmp_path: Path) -> None:
     hook.before_train()
     assert hook.report is None
     assert all(torch.equal(value, before[name]) for name, value in state_of(trainer.checkpointer.model).items())
+
+
+def test_a_training_averages_its_steps_and_solves_rows_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in a whole training: a method that nobody calls would pass a test that calls it."""
+    train(Trainer, cfg_for(tmp_path, OLD, 1), resume=False)
+    cfg = cfg_for(tmp_path, NEW, 7).clone()
+    (tmp_path / "out" / "model_final.pth").rename(tmp_path / "old.pth")
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(tmp_path / "old.pth"), str(tmp_path / "new")
+    cfg.MODEL.HEAD_ADAPT.FIT.REFITS = [3]
+    cfg.freeze()
+    calls: list[tuple[str, int]] = []
+    step, fit = Lookahead.step, training.fit_new_rows
+
+    def stepping(self: Lookahead) -> None:
+        calls.append(("average", trainer.iter + 1))
+        step(self)
+
+    def fitting(*args: Any, **keys: Any) -> Any:
+        calls.append(("fit", trainer.iter + 1 if hasattr(trainer, "storage") and trainer.iter >= 0 else 0))
+        return fit(*args, **keys)
+
+    monkeypatch.setattr(Lookahead, "step", stepping)
+    monkeypatch.setattr(training, "fit_new_rows", fitting)
+    seed_all_rng(5)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert [name for name, _ in calls] == ["fit", "fit", "average"]
+    assert calls[1:] == [("fit", 3), ("average", 5)]

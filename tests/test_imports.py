@@ -19,18 +19,19 @@ PACKAGE = Path(d2_headadapt.__file__).parent
 ROOMS = """
 version errors
 config classes layouts
-vocabularies categories entries datasets tasks tasks.spec settings
-layout_registry detectron2_layouts tasks.heads
+vocabularies categories entries tasks tasks.labels datasets tasks.spec tasks.data settings
+layout_registry detectron2_layouts tasks.heads tasks.mapper tasks.boxes tasks.checks
 surgery plan groups planning
 report class_picture report_html
 files.arrays files.pickle_machine files.unpickling files.torchzip files.torch_tensors files.torchfile
 files.safetensor_files files.saving files
 names selecting provenance
 moments ranks resuming
-predictor roi_heads
+predictor roi_heads tasks.backbones tasks.dry_run tasks.pooling tasks.classifier
+tasks.metrics tasks.metric_files tasks.evaluation tasks.drawing tasks.watching
 loading checkpoint
 fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.rpn fit.dense fit.scores fit.boxes fit.masks
-fit.calm fit.entry fit.report fit.training fit
+fit.tasks fit.calm fit.entry fit.report fit.training fit
 components configuring
 engine commands cli
 __init__ __main__

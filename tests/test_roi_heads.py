@@ -54,7 +54,7 @@ def test_without_a_class_change_everything_is_stock_bit_for_bit(kind: str) -> No
 def test_mutation_a_predictor_that_draws_again_is_not_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Building ours after stock's in the same stream moves it, and every later module with it."""
 
-    def draw_again(name, cfg, stock, input_shape, class_table):
+    def draw_again(name, cfg, stock, input_shape, class_table, tasks):
         build = PREDICTOR_REGISTRY.get(name)
         return build(cfg, input_shape, box2box_transform=stock.box2box_transform, class_table=class_table)
 

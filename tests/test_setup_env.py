@@ -219,6 +219,14 @@ def test_every_requirement_of_setup_py_is_pinned() -> None:
     named = set(wanted[1].split())
     arguments = (ROOT / "setup.py").read_text()
     lists = arguments[arguments.index("install_requires=") : arguments.index("entry_points=")]
-    # Keys of extras_require end in a colon, so they do not match.
-    required = {name.lower() for name in re.findall(r'"([\w.-]+)"(?!:)', lists)}
-    assert {"torch", "pycocotools", "safetensors", "pytest"} <= required <= named <= pinned
+    # Keys of extras_require end in a colon, so they do not match; a lower bound is no part of the name.
+    required = {name.lower() for name in re.findall(r'"([\w.-]+)(?:>=[\d.]+)?"(?!:)', lists)}
+    assert {"torch", "pycocotools", "scikit-learn", "safetensors", "pytest"} <= required <= named <= pinned
+    # Such a bound must let the pinned version in.
+    exact = dict(line.split("==") for line in pins.splitlines()[1:])
+    for name, bound in re.findall(r'"([\w.-]+)>=([\d.]+)"', lists):
+        assert version_of(exact[name.lower()]) >= version_of(bound)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))

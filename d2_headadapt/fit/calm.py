@@ -1,8 +1,8 @@
-"""What keeps fine-tuning from undoing a fit: slower features, averaged steps, and rows that are solved again."""
+"""What keeps fine-tuning from undoing a fit: averaged steps, and rows that are solved again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import nn
 
 from ..errors import ConfigError
 
-LAST_LAYERS = ("objectness_logits", "anchor_deltas", "cls_score", "bbox_pred", "predictor")
-"""The layers that a fit solves, by the last name before ``weight`` or ``bias``."""
 EVERY, SHARE = 5, 0.5
 """Steps forward and the share of them that is kept: the defaults of Lookahead's paper."""
 
@@ -23,14 +21,11 @@ class CalmSettings:
     """How the first iterations after a fit are calmed.
 
     Args:
-        calm_iters: length of the calm; 0 for none.
-        feature_rate: factor on the gradients of everything below the solved layers; it returns to 1 over the second
-            half of the calm.
+        calm_iters: so long the steps are averaged; 0 for not at all.
         refits: iterations after which the rows of new classes are solved again, on the features that have moved.
     """
 
     calm_iters: int = 600
-    feature_rate: float = 0.5
     refits: tuple[int, ...] = (50, 100, 200)
 
     @classmethod
@@ -49,7 +44,6 @@ class CalmSettings:
         whole = all(isinstance(mark, int) and mark > 0 for mark in self.refits)
         checks: tuple[tuple[str, bool, str, object], ...] = (
             ("CALM_ITERS", self.calm_iters >= 0, "a number of iterations", self.calm_iters),
-            ("FEATURE_RATE", 0 <= self.feature_rate <= 1, "a factor from 0 to 1", self.feature_rate),
             ("REFITS", whole, "iterations, each at least 1", self.refits),
         )
         for key, good, expected, found in checks:
@@ -57,13 +51,6 @@ class CalmSettings:
                 raise ConfigError(
                     f"MODEL.HEAD_ADAPT.FIT.{key}", expected=expected, found=repr(found), fix="Correct the key."
                 )
-
-    def rate_at(self, iteration: int) -> float:
-        """The factor on the features' gradients in an iteration, counted from 0."""
-        half = self.calm_iters / 2
-        if iteration >= self.calm_iters:
-            return 1.0
-        return self.feature_rate + (1 - self.feature_rate) * max(0.0, iteration - half) / half
 
 
 class Lookahead:
@@ -95,20 +82,6 @@ class Lookahead:
             if slow is not None:
                 slow.lerp_(parameter, SHARE)
                 parameter.copy_(slow)
-
-
-def is_solved(name: str, parts: Iterable[str]) -> bool:
-    """Whether a parameter belongs to a layer that was solved.
-
-    Args:
-        name: of the parameter.
-        parts: solved parts, as :attr:`d2_headadapt.fit.options.FitReport.solved` names them.
-    """
-    return (
-        name.split(".")[-2:-1] != []
-        and name.split(".")[-2] in LAST_LAYERS
-        and any(name.startswith(f"{part}.") for part in parts)
-    )
 
 
 def forget_momentum(optimizer: torch.optim.Optimizer, model: nn.Module, before: Mapping[str, torch.Tensor]) -> None:

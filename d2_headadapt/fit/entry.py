@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..classes import SPACES
+from ..tasks.dry_run import evaluating
 from .boxes import fit_boxes
 from .dense import fit_dense
 from .images import FeatureCache, ImageStream, Mapper, choose_images, random_states_kept
@@ -20,6 +21,7 @@ from .masks import fit_masks
 from .options import FitReport, FitSettings, PartReport
 from .rows import RowWriter
 from .rpn import fit_rpn
+from .tasks import fit_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +66,18 @@ def fit_new_rows(
     writer = RowWriter(model, wanted)
     spaces = {space: writer.new_in(space) for space in sorted({o.space for o in writer.layouts.values()})}
     spaces = {space: classes for space, classes in spaces.items() if classes}
-    chosen = choose_images(dataset, spaces.get("thing", ()), settings)
+    tasks = {space: classes for space, classes in spaces.items() if space not in SPACES}
+    chosen = choose_images(dataset, spaces.get("thing", ()), settings, tasks)
     stream = ImageStream(model, dataset, mapper, chosen, settings, comm.get_rank(), comm.get_world_size(), cache)
     if len(stream) == 0:
         return FitReport((PartReport("model", "kept", "the training set has no images"),), spaces, spaces)
     try:
-        with random_states_kept(), _inference(model), torch.no_grad():
-            parts, missing = _fit(model, dataset, stream, writer, settings, spaces)
+        with random_states_kept(), evaluating(model), torch.no_grad():
+            parts, without = _fit(model, dataset, stream, writer, settings, spaces)
     except BaseException:
         writer.undo()
         raise
     skipped = _all_skipped(stream)
-    without = {"thing": missing} if missing else {}
     report = FitReport(
         tuple(parts), spaces, without, len(stream) - len(skipped), skipped, time.perf_counter() - started
     )
@@ -92,13 +94,33 @@ def _fit(
     writer: RowWriter,
     settings: FitSettings,
     spaces: Mapping[str, tuple[int, ...]],
-) -> tuple[list[PartReport], tuple[int, ...]]:
+) -> tuple[list[PartReport], dict[str, tuple[int, ...]]]:
     parts = [
-        PartReport(space, "kept", "rows of this label space keep their recipe") for space in spaces if space != "thing"
+        PartReport(space, "kept", "rows of this label space keep their recipe")
+        for space in spaces
+        if space in SPACES and space != "thing"
     ]
-    missing = spaces.get("thing", ())
-    if not missing:
-        return parts, ()
+    without: dict[str, tuple[int, ...]] = {}
+    if "thing" in spaces:
+        found, missing = _fit_things(model, dataset, stream, writer, settings, spaces["thing"])
+        parts += found
+        without = {"thing": missing} if missing else {}
+    if set(spaces) - set(SPACES):
+        found, missing_of = fit_tasks(model, stream, writer, settings)
+        parts += found
+        without.update(missing_of)
+    return parts, without
+
+
+def _fit_things(
+    model: Any,
+    dataset: Sequence[dict[str, Any]],
+    stream: ImageStream,
+    writer: RowWriter,
+    settings: FitSettings,
+    missing: tuple[int, ...],
+) -> tuple[list[PartReport], tuple[int, ...]]:
+    parts: list[PartReport] = []
     if hasattr(model, "roi_heads"):
         rpn = getattr(model, "proposal_generator", None)
         if rpn is not None:
@@ -136,18 +158,6 @@ def _fit_rpn(
         return PartReport(name, "kept", "it is not an RPN")
     limit = model.proposal_generator.post_nms_topk[False]
     return fit_rpn(model.proposal_generator, name, stream, writer, settings, limit)
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, module by module, and back."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _all_skipped(stream: ImageStream) -> tuple[tuple[str, str], ...]:

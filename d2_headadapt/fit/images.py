@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,11 @@ from .reservoir import image_key
 logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
-"""Turns a dataset's entry into ``{"image": (C, H, W), "instances": Instances}``, at test resolution, without chance."""
+"""Turns a dataset's entry into ``{"image": (C, H, W), "instances": Instances}``, at test resolution, without chance.
+
+With tasks on images it also gives ``tasks``: labels by task, as :meth:`d2_headadapt.tasks.heads.TaskHead.loss` takes
+those of one image. Those on boxes are fields ``gt_<task>`` of the instances.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class View:
         features: the backbone's, by name, each (1, C, H, W).
         size: (height, width) of the image in pixels.
         truth: ``gt_boxes`` and ``gt_classes``, and ``gt_masks`` where the image has them and is not mirrored.
+        tasks: labels of the whole image by task: () int64, or (K,) for several labels.
     """
 
     number: int
@@ -47,6 +52,7 @@ class View:
     features: Mapping[str, torch.Tensor]
     size: tuple[int, int]
     truth: Instances
+    tasks: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def image(self) -> int:
@@ -72,7 +78,12 @@ def random_states_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(gpus)
 
 
-def choose_images(dicts: Sequence[Mapping[str, Any]], classes: Sequence[int], settings: FitSettings) -> list[int]:
+def choose_images(
+    dicts: Sequence[Mapping[str, Any]],
+    classes: Sequence[int],
+    settings: FitSettings,
+    tasks: Mapping[str, Sequence[int]] | None = None,
+) -> list[int]:
     """Which images to look at: a weighted sample without replacement in which rare new classes come first.
 
     The weight of an image is that of its rarest new class, one over the square root of its count; the sample is the
@@ -82,15 +93,13 @@ def choose_images(dicts: Sequence[Mapping[str, Any]], classes: Sequence[int], se
         dicts: a detectron2 dataset.
         classes: the new ones.
         settings: ``images`` and ``seed`` are read.
+        tasks: the new classes of each task.
 
     Returns:
         Positions in ``dicts``, ascending.
     """
-    wanted = set(classes)
-    shown = [
-        {int(a["category_id"]) for a in entry.get("annotations", ()) if not a.get("iscrowd", 0)} & wanted
-        for entry in dicts
-    ]
+    wanted = {("", k) for k in classes} | {(task, k) for task, new in (tasks or {}).items() for k in new}
+    shown = [set(shown_classes(entry)) & wanted for entry in dicts]
     counts = Counter(value for values in shown for value in values)
     common = max(counts.values(), default=1)
 
@@ -101,6 +110,16 @@ def choose_images(dicts: Sequence[Mapping[str, Any]], classes: Sequence[int], se
 
     chosen = sorted(range(len(dicts)), key=turn)[: settings.images]
     return sorted(chosen)
+
+
+def shown_classes(entry: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The classes that an image's labels name, each with its task; detection has the empty one."""
+    annotations = [a for a in entry.get("annotations", ()) if not a.get("iscrowd", 0)]
+    yield from (("", int(a["category_id"])) for a in annotations)
+    for holder in (entry, *annotations):
+        for task, label in holder.get("tasks", {}).items():
+            labels = label if isinstance(label, (list, tuple)) else () if label is None else (label,)
+            yield from ((task, int(k)) for k in labels)
 
 
 def name_of(entry: Mapping[str, Any], position: int) -> str:
@@ -222,7 +241,8 @@ class ImageStream:
             own = {layer: value[k : k + 1].clone() for layer, value in features.items()}
             key = image_key(self._settings.seed, f"{name}/{int(mirrored)}")
             labels = (mirror(truth) if mirrored else truth).to(images.tensor.device)
-            views.append(View(2 * i + int(mirrored), key, own, size, labels))
+            tasks = {task: label.to(images.tensor.device) for task, label in mapped.get("tasks", {}).items()}
+            views.append(View(2 * i + int(mirrored), key, own, size, labels, tasks))
             self._cache.keep(views[-1])
         return views
 
@@ -233,8 +253,10 @@ def empty_truth(size: tuple[int, int]) -> Instances:
 
 
 def mirror(truth: Instances) -> Instances:
-    """Boxes and classes as they are in the mirrored image."""
+    """Boxes, classes and labels of tasks as they are in the mirrored image."""
     width = truth.image_size[1]
     boxes = truth.gt_boxes.tensor.clone()
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-    return Instances(truth.image_size, gt_boxes=Boxes(boxes), gt_classes=truth.gt_classes)
+    # What is a tensor has no geometry: masks and keypoints are structures of detectron2, and are left out.
+    labels = {name: value for name, value in truth.get_fields().items() if isinstance(value, torch.Tensor)}
+    return Instances(truth.image_size, gt_boxes=Boxes(boxes), **labels)

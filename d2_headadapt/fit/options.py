@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 
 from ..errors import ConfigError
 
-PARTS = ("rpn", "box", "mask", "dense")
+PARTS = ("rpn", "box", "mask", "dense", "task")
 RPN_CHOICES = ("auto", "always", "never")
 
 
@@ -26,7 +26,7 @@ class FitSettings:
             belong to no class; the classes share the other half, rare ones whole.
             60,000 regions of 1,024 features are 250 MB; no sample takes more than 1 GB.
         proposals: so many of the best proposals of an image become regions, beside its own boxes.
-        parts: which heads may be solved, of ``rpn``, ``box``, ``mask`` and ``dense`` (RetinaNet).
+        parts: which heads may be solved, of ``rpn``, ``box``, ``mask``, ``dense`` (RetinaNet) and ``task``.
         rpn: re-solve the RPN's last layer ``always``, ``never``, or where held-out recall rises by it (``auto``). With
             carried classes it is only ever done where the training set labels every one of them.
         penalties: of classifiers, strongest first; the held-out images choose. Relative to the mean loss of a region,

@@ -108,7 +108,7 @@ def solve_scores(
     held, rest = sample["held"] & keep, ~sample["held"] & keep
 
     def loss(solution: torch.Tensor) -> float:
-        return _held_out_loss(z[held], solution, targets(held), None if fixed is None else fixed[held], sigmoid)
+        return held_out_loss(z[held], solution, targets(held), None if fixed is None else fixed[held], sigmoid)
 
     penalty = settings.penalties[len(settings.penalties) // 2]
     score: dict[str, tuple[float, float]] = {}
@@ -131,18 +131,27 @@ def _logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
     return torch.cat([x[i : i + CHUNK] @ weight.t() + bias for i in range(0, len(x), CHUNK)])
 
 
-def _held_out_loss(
+def held_out_loss(
     z: torch.Tensor, solution: torch.Tensor, targets: Targets, fixed: torch.Tensor | None, sigmoid: bool
 ) -> float:
+    """What :func:`softmax_rows` or :func:`logistic_rows` minimises, without its penalty.
+
+    Args:
+        z: (n, d).
+        solution: (d, C).
+        targets: of those n.
+        fixed: see :func:`softmax_rows`.
+        sigmoid: the columns are classifiers of their own.
+    """
     logits = z @ solution
     target, weight = targets(slice(0, len(z)))
     if sigmoid:
-        losses = (F.softplus(logits) - target * logits).sum(1)
+        losses = F.softplus(logits) - target * logits
     else:
         if fixed is not None:
             logits = torch.cat([logits, fixed[:, None]], dim=1)
-        losses = -(target * F.log_softmax(logits, dim=1)).sum(1)
-    return float((weight[:, 0] * losses).sum() / weight.sum())
+        losses = -(target * F.log_softmax(logits, dim=1)).sum(1, keepdim=True)
+    return float((weight * losses).sum() / weight.sum())
 
 
 def solve_boxes(

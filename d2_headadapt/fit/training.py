@@ -16,7 +16,9 @@ from detectron2.engine import HookBase
 
 from ..checkpoint import HeadAdaptCheckpointer
 from ..errors import DatasetError
-from .calm import EVERY, CalmSettings, Lookahead, forget_momentum, is_solved
+from ..tasks.data import settle_tasks
+from ..tasks.mapper import TaskMapper
+from .calm import EVERY, CalmSettings, Lookahead, forget_momentum
 from .entry import fit_new_rows
 from .images import FeatureCache, Mapper
 from .options import FitReport, FitSettings
@@ -27,9 +29,15 @@ logger = logging.getLogger(__name__)
 def mapper_at_test_size(cfg: CfgNode) -> Mapper:
     """Images as the model will see them when it predicts, with their labels, and without any augmentation."""
     size = cfg.INPUT.MIN_SIZE_TEST
-    mapper: Mapper = DatasetMapper(
+    kind: Callable[..., Mapper] = DatasetMapper
+    augmentations = [T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)] if size else []
+    if cfg.MODEL.get("TASKS"):
+        in_tests = TaskMapper.from_config(cfg, False)
+        # A classifier that flattens has images of one size.
+        kind, augmentations = partial(TaskMapper, tasks=in_tests["tasks"]), in_tests["augmentations"]
+    mapper = kind(
         is_train=True,
-        augmentations=[T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)] if size else [],
+        augmentations=augmentations,
         image_format=cfg.INPUT.FORMAT,
         use_instance_mask=cfg.MODEL.MASK_ON,
         instance_mask_format=cfg.INPUT.MASK_FORMAT,
@@ -43,6 +51,8 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
     Raises:
         DatasetError: a dataset that shows no image, or whose labels do not fit its classes.
     """
+    # Only from here on the labels of tasks are indices.
+    settle_tasks(cfg)
     try:
         dicts: list[dict[str, Any]] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
     except AssertionError as exc:
@@ -58,9 +68,9 @@ class FitHook(HookBase):
     Fitted rows are several times as large as rows that training has just begun with (norm 1.9 against 0.3 after 400
     iterations of stock's), and so are the gradients, and their noise, that reach the features. Left alone, AP falls for
     200 iterations although the features get better: on bccd/val, 50 and 100 iterations after a fit, AP was 41.7 and
-    37.9 with the weights as they were, and 44.0 and 44.1 with the rows solved again. Hence three things, each of
-    :mod:`d2_headadapt.fit.calm`: features that move more slowly at first, averaged steps, and rows solved again at
-    marks. A continued run stays calm; its rows are not solved again, because its classes may be others.
+    37.9 with the weights as they were, and 44.0 and 44.1 with the rows solved again. Hence two things, both of
+    :mod:`d2_headadapt.fit.calm`: averaged steps, and rows solved again at marks. A continued run stays calm; its rows
+    are not solved again, because its classes may be others.
 
     Args:
         dataset: gives the training set, category ids contiguous.
@@ -114,15 +124,6 @@ class FitHook(HookBase):
             cache = None  # Its features move.
         return fit_new_rows(model, self._dataset(), self._mapper, new=self._fitted, settings=settings, cache=cache)
 
-    def after_backward(self) -> None:
-        """Scale the gradients of what lies below the fitted layers."""
-        rate = self._calm.rate_at(self.trainer.iter) if self._solved else 1.0
-        if rate == 1:
-            return
-        for name, parameter in self.trainer.model.named_parameters():
-            if parameter.grad is not None and not is_solved(name.removeprefix("module."), self._solved):
-                parameter.grad.mul_(rate)
-
     def after_step(self) -> None:
         """Average the steps, and solve the rows again at marks."""
         done = self.trainer.iter + 1
@@ -137,8 +138,10 @@ class FitHook(HookBase):
 
     def _refit(self, done: int) -> None:
         assert self.report is not None
-        parts = tuple(part for part in self._settings.parts if part in ("box", "dense"))
-        chosen = {part.penalties["cls_score"] for part in self.report.parts if "cls_score" in part.penalties}
+        parts = tuple(part for part in self._settings.parts if part in ("box", "dense", "task"))
+        # Not those of masks, which are not solved again.
+        classifiers = [part.penalties for part in self.report.parts if not part.part.endswith("mask_head.predictor")]
+        chosen = {own[layer] for own in classifiers for layer in ("cls_score", "predictor") if layer in own}
         # What the held-out images chose for the classifier is kept: most of the time goes into that choice.
         penalties = tuple(sorted(chosen, reverse=True)) or self._settings.penalties
         model = self.trainer.model
