@@ -78,9 +78,8 @@ def fit_new_rows(
         writer.undo()
         raise
     skipped = _all_skipped(stream)
-    report = FitReport(
-        tuple(parts), spaces, without, len(stream) - len(skipped), skipped, time.perf_counter() - started
-    )
+    seconds = time.perf_counter() - started
+    report = FitReport(tuple(parts), spaces, without, len(stream) - len(skipped), skipped, seconds, tuple(chosen))
     for part in parts:
         logger.info("fit: %s", part.line())
     logger.info("%s", report.line())

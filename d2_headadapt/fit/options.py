@@ -138,6 +138,7 @@ class FitReport:
         images: how many images were looked at.
         skipped: images that could not be read, each with the reason.
         seconds: duration.
+        chosen: positions in the training set of the images that were looked at.
     """
 
     parts: tuple[PartReport, ...] = ()
@@ -146,6 +147,7 @@ class FitReport:
     images: int = 0
     skipped: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
+    chosen: tuple[int, ...] = ()
 
     @property
     def solved(self) -> tuple[str, ...]:

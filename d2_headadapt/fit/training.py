@@ -94,6 +94,7 @@ class FitHook(HookBase):
         self._lookahead: Lookahead | None = None
         self._fitted: dict[str, Sequence[int]] = {}
         self._cache: FeatureCache | None = None
+        self._seen: Sequence[dict[str, Any]] = []
         self.report: FitReport | None = None
 
     @classmethod
@@ -111,18 +112,21 @@ class FitHook(HookBase):
                 # A file that is saved before the first iteration says what was fitted.
                 noted = checkpointer.fitted_rows() if isinstance(checkpointer, HeadAdaptCheckpointer) else nullcontext()
                 self._cache = FeatureCache(self._settings.cache_mb)
+                dicts = self._dataset()
                 with noted:
-                    self.report = self._fit(self._settings)
+                    self.report = self._fit(dicts, self._settings)
+                # Kept for the solutions to come; a whole training set would be read again each time.
+                self._seen = [dicts[i] for i in self.report.chosen]
                 self._solved = self.report.solved
         if self._solved and self.trainer.start_iter < self._calm.calm_iters:
             self._lookahead = Lookahead(self.trainer.model)
 
-    def _fit(self, settings: FitSettings) -> FitReport:
+    def _fit(self, dicts: Sequence[dict[str, Any]], settings: FitSettings) -> FitReport:
         model, cache = self.trainer.model, self._cache
         backbone = getattr(getattr(model, "module", model), "backbone", None)
         if backbone is None or any(p.requires_grad for p in backbone.parameters()):
             cache = None  # Its features move.
-        return fit_new_rows(model, self._dataset(), self._mapper, new=self._fitted, settings=settings, cache=cache)
+        return fit_new_rows(model, dicts, self._mapper, new=self._fitted, settings=settings, cache=cache)
 
     def after_step(self) -> None:
         """Average the steps, and solve the rows again at marks."""
@@ -134,7 +138,7 @@ class FitHook(HookBase):
         if done >= self._calm.calm_iters:
             self._lookahead = None
         if done >= max(self._calm.refits, default=0):
-            self._cache = None
+            self._cache, self._seen = None, []
 
     def _refit(self, done: int) -> None:
         assert self.report is not None
@@ -146,7 +150,7 @@ class FitHook(HookBase):
         penalties = tuple(sorted(chosen, reverse=True)) or self._settings.penalties
         model = self.trainer.model
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-        report = self._fit(replace(self._settings, parts=parts, penalties=penalties, mirror=False))
+        report = self._fit(self._seen, replace(self._settings, parts=parts, penalties=penalties, mirror=False))
         forget_momentum(self.trainer.optimizer, model, before)
         logger.info("iteration %d: %s", done, report.line())
         if self._lookahead is not None:
