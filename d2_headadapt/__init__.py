@@ -25,6 +25,7 @@ from .roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdap
 from .settings import AdaptSettings
 from .tasks.backbones import build_conv_net_backbone
 from .tasks.classifier import MultiTaskClassifier
+from .text.predictor import HeadAdaptTextOutputLayers
 from .version import __version__
 from .vocabularies import vocabulary
 
@@ -40,6 +41,7 @@ __all__ = [
     "HeadAdaptOutputLayers",
     "HeadAdaptROIHeads",
     "HeadAdaptRes5ROIHeads",
+    "HeadAdaptTextOutputLayers",
     "HeadLayout",
     "MultiTaskClassifier",
     "TensorPlan",

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,8 @@ from .ranks import agree, compare, readable_everywhere, share_new_rows
 from .report import plan_json, plan_notices, plan_table, summary_line
 from .resuming import adapt_resume, find_optimizer
 from .settings import AdaptSettings, settings_of
+from .text.nearest import NearestRows, plan_nearest
+from .text.predictor import FACTS, refuse_other_text, text_facts
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "head_adapt_plan.json"
@@ -183,8 +185,15 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             settings = replace(settings, source={}, initialise=frozenset(), include=(), exclude=(), rename=())
         settled = settle_checkpoint(stored, model_state, checkpoint, settings)
         plan = plan_load(settled, self.model, settings, known, self._origin)
+        nearest = NearestRows(plan, {})
+        if settings.new_rows == "nearest":
+            nearest = plan_nearest(plan, settings.text_file, settings.text_names)
+        plan = nearest.plan
         self._say(plan)
+        if nearest.neighbours:
+            self.logger.info("%s", nearest.line())
         refuse_plan(plan, settings.min_coverage, self._origin)
+        refuse_other_text(self.model, plan, settled.tensors, known.extra.get(FACTS), self._origin)
         resumed = {key: checkpoint[key] for key in sorted(self._resumes & checkpoint.keys())}
         if resumed:
             if settings.verify_file:
@@ -194,7 +203,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             adapt_resume(checkpoint, plan, known, self.model, self.checkpointables, settings.resume, self._origin)
         if self.settings.verify_file:
             verify_tensors(path, {t.name: settled.tensors[t.name] for t in plan.by_action("copied", "carried")})
-        state = OrderedDict(plan.apply(settled.tensors, model_state))
+        state = OrderedDict(nearest.apply(plan.apply(settled.tensors, model_state)))
         # What a module keeps beside its tensors (`_extra_state`) has no classes.
         state.update({n: v for n, v in settled.tensors.items() if n in state and not torch.is_tensor(v)})
         adapt_averages(checkpoint, plan, state)
@@ -267,7 +276,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         """New rows that change inside count as fitted: ``untrained`` keeps the classes of which some row did not."""
         plan = self.plan if self.plan is not None else AdaptPlan(())
         new, state = self.rows_to_fit(), self.model.state_dict()
-        before = {name: state[name].clone() for name in new}
+        before = {name: state[name].clone() for name in [*new, *_projections(plan, new)] if name in state}
         yield
         left = unchanged_classes(plan, new, before, self.model.state_dict())
         self._open = {name: names for name, names in left.items() if names}
@@ -300,7 +309,11 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         optimizer = find_optimizer(self.checkpointables)
         names = optimizer_names(optimizer, dict(self.model.named_parameters())) if optimizer is not None else ()
         rows = {name: list(classes) for name, classes in self._open.items()}
-        return Provenance(fitting, layouts, names, self.untrained, {OPEN_ROWS: rows} if rows else {})
+        extra: dict[str, Any] = {OPEN_ROWS: rows} if rows else {}
+        facts = text_facts(self.model)
+        if facts:
+            extra[FACTS] = facts
+        return Provenance(fitting, layouts, names, self.untrained, extra)
 
 
 def has_foreign_hooks(model: nn.Module) -> bool:
@@ -347,6 +360,12 @@ def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _projections(plan: AdaptPlan, tensors: Iterable[str]) -> list[str]:
+    """What leads from region features to the embeddings among ``tensors``, and is fitted in place of their rows."""
+    groups = {layout.group for layout in plan.layouts if layout.given and layout.tensor in set(tensors)}
+    return [layout.tensor for layout in plan.layouts if layout.group in groups and layout.agnostic]
+
+
 def unchanged_classes(
     plan: AdaptPlan,
     new: Mapping[str, Sequence[int]],
@@ -358,12 +377,15 @@ def unchanged_classes(
     Args:
         plan: of the last load.
         new: the classes to look at, tensor by tensor.
-        before, after: tensors by name, at least those of ``new``.
+        before, after: tensors by name, at least those of ``new``, and what leads to embeddings among them.
     """
     layouts = {layout.tensor: layout for layout in plan.layouts}
 
     def same(name: str, k: int) -> bool:
         layout = layouts[name]
+        if layout.given:
+            # The rows of a text classifier are not fitted: the way to them is.
+            return all(torch.equal(before[p], after[p]) for p in _projections(plan, [name]) if p in before)
         axis = layout.class_axes[0]
         rows = layout.rows([k], layout.num_classes(before[name].shape) or 0, axis).to(before[name].device)
         return torch.equal(before[name].index_select(axis, rows), after[name].index_select(axis, rows))

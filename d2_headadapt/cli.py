@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .commands import adapt, fit, plan
+from .commands import adapt, doctor, explain, fit, plan
 from .engine import add_import_argument
 from .errors import HeadAdaptError
 from .version import __version__
@@ -55,6 +55,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(command)
     command.add_argument("--json", metavar="FILE", help="also write the fit's report as JSON; - for standard output")
     command.set_defaults(run=fit)
+
+    command = commands.add_parser(
+        "doctor",
+        help="find mistakes in config, datasets, weights and model before any training; changes nothing",
+        epilog="Exit codes: 0 no error stands, 1 one does, 2 the command line is wrong.",
+    )
+    _add_common(command)
+    command.add_argument("--json", metavar="FILE", help="also write the findings as JSON; - for standard output")
+    command.add_argument("--all-images", action="store_true", help="open every image rather than a sample")
+    command.add_argument("--list", action="store_true", help="print every check and stop")
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser(
+        "explain", help="say what an error of torch or detectron2 means, and what to type", epilog=EPILOG
+    )
+    command.add_argument("text", nargs="+", metavar="TEXT", help="the error or a whole log; - reads standard input")
+    command.set_defaults(run=explain)
     return parser
 
 

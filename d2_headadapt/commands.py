@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
-from torch import nn
 
 from .checkpoint import HeadAdaptCheckpointer
+from .configuring import build_on_meta as build_on_meta
 from .configuring import load_config, registered_names, resolve_config
+from .doctor.explain import explanation_text
+from .doctor.running import checks_markdown, examine, report_json, report_text
 from .errors import UsageError
 from .files import existing_output, write_checkpoint, write_text
 from .fit import (
@@ -45,6 +47,13 @@ def plan(args: argparse.Namespace) -> int:
         write_text(args.html, plan_html(made, notes=notes))
     refuse_plan(made, settings.min_coverage, path)
     return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Print what a pasted error means; 1 where it is not known."""
+    text, is_known = explanation_text(sys.stdin.read() if args.text == ["-"] else " ".join(args.text))
+    print(text)
+    return 0 if is_known else 1
 
 
 def _check_reports(paths: Sequence[str | None], checkpoints: Sequence[str]) -> None:
@@ -97,6 +106,17 @@ def fit(args: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(args: argparse.Namespace) -> int:
+    """Print what is wrong with config, datasets, weights and model, or every check there is with ``--list``."""
+    if args.list:
+        print(checks_markdown(), end="")
+        return 0
+    _check_reports([args.json], [args.weights] if args.weights else [])
+    report = examine(args.config_file, args.opts, args.imports, args.weights, args.all_images)
+    _print_or_write(report_text(report).rstrip("\n"), report_json(report), args.json)
+    return report.exit_code
+
+
 def _load(args: argparse.Namespace, cfg: CfgNode, settings: AdaptSettings) -> tuple[HeadAdaptCheckpointer, list[str]]:
     """The model of a config with the checkpoint loaded into it, and what of the file has no place in an output."""
     path = _weights(args, cfg)
@@ -120,21 +140,6 @@ def _write(output: str, checkpointer: HeadAdaptCheckpointer, left_out: Sequence[
     if left_out:
         print(f"left out: {', '.join(left_out)} (a new run starts at iteration 0 with a fresh optimizer)")
     print(f"wrote {output}")
-
-
-def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model's names and shapes without its memory; on the CPU where a module does not build on the meta device."""
-    on_meta = cfg.clone()
-    on_meta.defrost()
-    on_meta.MODEL.DEVICE = "meta"
-    with registered_names():
-        try:
-            with torch.device("meta"):
-                model: nn.Module = build_model(on_meta)
-        except (NotImplementedError, RuntimeError):
-            on_meta.MODEL.DEVICE = "cpu"
-            model = build_model(on_meta)
-    return model
 
 
 def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> tuple[CfgNode, AdaptSettings]:

@@ -51,6 +51,9 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Evaluate from the command line although rows were neither carried, fitted nor trained.
     node.ALLOW_NEW_ROWS_AT_EVAL = False
 
+    # Trainer looks at config and small annotation files before it builds (see docs/doctor.md); an error stops it.
+    node.DOCTOR = True
+
     # Load a file that needs full pickle, which can run any code its author put there.
     node.TRUST_FILE = False
 
@@ -86,6 +89,31 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # new rows are solved again.
     fit.CALM_ITERS = 600
     fit.REFITS = [50, 100, 200]
+
+    # What a new row starts from before any fit: "recipe" (what the model's constructor drew) or "nearest" (the carried
+    # classes whose text embeddings in TEXT.FILE are nearest).
+    node.NEW_ROWS = "recipe"
+
+    # A classifier of text embeddings (see docs/text.md): PREDICTOR "HeadAdaptTextOutputLayers".
+    text = node.TEXT = CfgNode()
+    # Embeddings, one row per class: .npy, .pth or .safetensors.
+    text.FILE = ""
+    # Names of its rows, as SOURCE_CLASSES. None reads the file beside it that ends in .json:
+    # {"names": [...], "encoder": "ViT-B/32", "normalised": false}.
+    text.NAMES = None
+    # The text encoder that wrote it, such as "RN50x4"; checked against the width.
+    text.ENCODER = ""
+    # "learned", "zero" (its logit is 0), or "file" (an entry of its own, or the last of K + 1 rows).
+    text.BACKGROUND = "learned"
+    # Logits are this number times the cosine of region and class.
+    text.TEMPERATURE = 50.0
+    # Train the class rows too; a linear layer from region features to text space is always trained.
+    text.TRAINABLE = False
+    # That linear layer: "auto" (where the widths differ), "always" or "never".
+    text.PROJECTION = "auto"
+    # Whose rows count where a checkpoint has them too: "file", "checkpoint" (new classes still from the file), or
+    # "error" where they differ.
+    text.PRECEDENCE = "file"
 
     # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.
     node.PREDICTOR = "HeadAdaptOutputLayers"

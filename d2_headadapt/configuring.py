@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from .classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from .components import add_component_keys, import_components
@@ -23,6 +25,7 @@ from .settings import AdaptSettings, apply_num_classes
 from .tasks.checks import check_tasks
 from .tasks.data import say_unused_tasks, settle_tasks
 from .tasks.spec import complete_tasks
+from .text.preflight import refuse_text
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +140,8 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
                     check_same_classes(table, name, space, which)
     for line in apply_num_classes(cfg, settings.target):
         logger.info(line)
+    for problem in refuse_text(cfg, settings.target.get("thing")):
+        logger.warning("%s", problem.error())
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.info("MODEL.DEVICE is %s, but this machine has no CUDA: running on the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
@@ -173,6 +178,21 @@ def registered_names() -> Iterator[None]:
             found=repr(found[1]),
             fix="Correct the key under MODEL that names it, or register it in a module given with --import.",
         ) from exc
+
+
+def build_on_meta(cfg: CfgNode) -> nn.Module:
+    """The model's names and shapes without its memory; on the CPU where a module does not build on the meta device."""
+    on_meta = cfg.clone()
+    on_meta.defrost()
+    on_meta.MODEL.DEVICE = "meta"
+    with registered_names():
+        try:
+            with torch.device("meta"):
+                model: nn.Module = build_model(on_meta)
+        except (NotImplementedError, RuntimeError):
+            on_meta.MODEL.DEVICE = "cpu"
+            model = build_model(on_meta)
+    return model
 
 
 def _merge(cfg: CfgNode, where: str, merge: Any) -> None:

@@ -42,6 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import load_config, registered_names, resolve_config
+from .doctor.running import examine_before_training
 from .errors import ConfigError, DatasetError, HeadAdaptError, PlanRefused
 from .fit.training import FitHook
 from .report import plan_markdown
@@ -94,11 +95,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` that loads class by class, and evaluates by the dataset's ``evaluator_type``.
 
-    Several processes also work on CPUs.
+    Several processes also work on CPUs. Before anything is built, the doctor looks at the config
+    (``MODEL.HEAD_ADAPT.DOCTOR``).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_headadapt")
+        if with_keys(cfg).MODEL.HEAD_ADAPT.DOCTOR:
+            examine_before_training(cfg)
         with ddp_without_gpus(cfg.MODEL.DEVICE):
             super().__init__(cfg)
 

@@ -9,6 +9,7 @@
     |-- CheckpointFileError     a file cannot be read or written safely
     |-- PlanRefused             nothing may be loaded: wrong architecture, damaged values, refused tensors
     |-- ResumeError             a run cannot be continued from this file
+    |-- TextError               exit code 3: text embeddings that do not fit the classes or the model
     `-- RankError               processes of one job disagree
 
 Every message says where, what was expected, what was found, and what to type.
@@ -77,6 +78,10 @@ class PlanRefused(HeadAdaptError):
 
 class ResumeError(HeadAdaptError):
     pass
+
+
+class TextError(HeadAdaptError):
+    exit_code: ClassVar[int] = 3
 
 
 class RankError(HeadAdaptError):

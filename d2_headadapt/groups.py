@@ -219,6 +219,8 @@ class HeadGroup:
     def _take(self, m: HeadLayout) -> TensorPlan:
         in_file, in_model = self.source_shapes[m.tensor], self.target_shapes[m.tensor]
         found = self.maps.get(m.space)
+        if m.given == "file":
+            return self._entry(m, "kept", verified=True, reason="the text file's embeddings stay (TEXT.PRECEDENCE)")
         if found is None:
             key = target_key(m.space) if m.space in self.sources else source_key(m.space)
             reason = f"unverified: shapes agree, but the classes are unknown; {key} verifies it"
@@ -238,7 +240,13 @@ class HeadGroup:
         background = bool(m.extra)
         action = carried_or_copied(found)
         reason = "same classes, same order" if action == "copied" else ""
+        if m.given and found.new:
+            reason = f"{len(found.new)} classes keep the embeddings of the text file"
         if not found.carried and not len(m.fixed_rows(len(found.source))):
+            if m.given:
+                return self._entry(
+                    m, "kept", verified=True, reason="no class is in the file; all keep their embeddings"
+                )
             action, reason = "initialised", "no class of the model is in the file"
         return TensorPlan(
             m.tensor,
@@ -248,7 +256,7 @@ class HeadGroup:
             in_file,
             in_model,
             found.carried,
-            found.new,
+            () if m.given else found.new,
             found.dropped,
             background,
             True,

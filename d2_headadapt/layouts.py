@@ -40,6 +40,8 @@ class HeadLayout:
         groups: how often the block of all classes is repeated (anchors).
         extra: rows after the last group.
         rebuilt: computed from the dataset by the model's constructor, so never taken from a file.
+        given: the model's constructor knows every row (a text embedding), so that no row is new: ``"file"`` where its
+            rows stay, ``"checkpoint"`` where those of a checkpoint replace them; empty for a layer that is trained.
         by_choice: agnostic because a config key says so; the same tensor could have been class-specific.
     """
 
@@ -53,6 +55,7 @@ class HeadLayout:
     extra: int = 0
     rebuilt: bool = False
     by_choice: bool = False
+    given: str = ""
 
     @property
     def agnostic(self) -> bool:

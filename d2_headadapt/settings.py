@@ -58,6 +58,8 @@ class AdaptSettings:
         verify_file: check the CRC of records that are taken.
         resume: ``"refuse"`` or ``"adapt"``, what a resume does when the class list changed.
         include, exclude, rename: see :mod:`d2_headadapt.selecting`.
+        new_rows: ``"recipe"``, or ``"nearest"``: see :mod:`d2_headadapt.text.nearest`.
+        text_file, text_names: see :func:`d2_headadapt.text.bundle.read_bundle`.
     """
 
     target: Mapping[str, ClassTable] = field(default_factory=dict)
@@ -72,6 +74,9 @@ class AdaptSettings:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     rename: tuple[str, ...] = ()
+    new_rows: str = "recipe"
+    text_file: str = ""
+    text_names: Any = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *, registered_only: bool = False) -> AdaptSettings:
@@ -87,7 +92,11 @@ class AdaptSettings:
         """
         cfg = with_keys(cfg)
         node = cfg.MODEL.HEAD_ADAPT
-        for key, choices in (("MATCH", ("name", "position")), ("RESUME", ("refuse", "adapt"))):
+        for key, choices in (
+            ("MATCH", ("name", "position")),
+            ("RESUME", ("refuse", "adapt")),
+            ("NEW_ROWS", ("recipe", "nearest")),
+        ):
             if node[key] not in choices:
                 raise ConfigError(
                     f"MODEL.HEAD_ADAPT.{key}",
@@ -132,6 +141,9 @@ class AdaptSettings:
             tuple(node.INCLUDE),
             tuple(node.EXCLUDE),
             tuple(node.RENAME),
+            str(node.NEW_ROWS),
+            str(node.TEXT.FILE),
+            node.TEXT.NAMES,
         )
 
 

@@ -27,12 +27,19 @@ files.arrays files.pickle_machine files.unpickling files.torchzip files.torch_te
 files.safetensor_files files.saving files
 names selecting provenance
 moments ranks resuming
-predictor roi_heads tasks.backbones tasks.dry_run tasks.pooling tasks.classifier
+predictor roi_heads text text.bundle text.problems text.preflight text.predictor text.nearest
+tasks.backbones tasks.dry_run tasks.pooling tasks.classifier
 tasks.metrics tasks.metric_files tasks.evaluation tasks.drawing tasks.watching
 loading checkpoint
-fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.rpn fit.dense fit.scores fit.boxes fit.masks
+fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.rpn fit.dense fit.scores fit.text fit.boxes
+fit.masks
 fit.tasks fit.calm fit.entry fit.report fit.training fit
 components configuring
+doctor.context doctor.finding doctor.coco_json doctor.reading doctor.config_checks doctor.training_checks
+doctor.data_checks doctor.box_checks doctor.field_checks doctor.image_checks
+doctor.weights_checks doctor.resume_checks doctor.text_checks doctor.walking doctor.model_checks
+doctor.running doctor
+doctor.known_errors doctor.known_shapes doctor.known_messages doctor.explain
 engine commands cli
 __init__ __main__
 """

@@ -64,20 +64,30 @@ def read_checkpoint(path: str, *, trust: bool = False, verify: bool = True, mmap
     Raises:
         CheckpointFileError: it cannot be read.
     """
-    head = _head(path)
-    kind = _kind(path, head)
-    try:
-        loaded = _load(path, kind, trust=trust, mapped=mmap)
-    except (OSError, MemoryError) as error:
-        # A failing disk, or no room for a file that is sound.
-        found = f"{type(error).__name__}: {error}" if str(error) else "not enough memory"
-        _refuse(path, found, "Copy it to another disk, or free some memory.", error)
+    kind, loaded = _read(path, trust=trust, mapped=mmap)
     checkpoint = _stock_form(path, kind, loaded)
     _check_model(path, checkpoint["model"])
     if verify:
         rest = {key: value for key, value in checkpoint.items() if key != "model"}
         verify_tensors(path, {**rest, **checkpoint["model"]})
     return checkpoint
+
+
+def read_values(path: str, *, trust: bool = False) -> Any:
+    """What a torch, pickle or ``.safetensors`` file holds, as it was saved: one tensor, or anything around tensors.
+
+    Tensors may be views of the file, as those of :func:`read_checkpoint`.
+
+    Args:
+        path: a local file.
+        trust: allow a file that needs full pickle, which may run any code.
+
+    Raises:
+        CheckpointFileError: it cannot be read, or its values were damaged.
+    """
+    _, loaded = _read(path, trust=trust, mapped=True)
+    verify_tensors(path, {"": loaded})
+    return loaded
 
 
 def verify_tensors(path: str, tensors: Mapping[str, Any]) -> list[str]:
@@ -118,6 +128,16 @@ def named_tensors(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape, without touching a value; what is no tensor (``_extra_state``) has none."""
     return {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}
+
+
+def _read(path: str, *, trust: bool, mapped: bool) -> tuple[str, Any]:
+    kind = _kind(path, _head(path))
+    try:
+        return kind, _load(path, kind, trust=trust, mapped=mapped)
+    except (OSError, MemoryError) as error:
+        # A failing disk, or no room for a file that is sound.
+        found = f"{type(error).__name__}: {error}" if str(error) else "not enough memory"
+        _refuse(path, found, "Copy it to another disk, or free some memory.", error)
 
 
 def _head(path: str) -> bytes:

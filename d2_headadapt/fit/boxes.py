@@ -22,6 +22,7 @@ from .rows import RowWriter
 from .rpn import proposals_of
 from .scores import solve_boxes, solve_scores
 from .sharing import gathered, on_rank_zero
+from .text import is_text, solve_text, why_not_text
 
 BYTES = 2**30
 """No sample takes more, however wide its regions are."""
@@ -43,6 +44,11 @@ class Stage:
     predictor: Any
     threshold: float
 
+    @property
+    def classifier(self) -> str:
+        """Name of the tensor that holds a row for each class."""
+        return f"{self.name}.cls_score.{'embeddings' if is_text(self.predictor.cls_score) else 'weight'}"
+
 
 def stages_of(roi_heads: Any, name: str) -> list[Stage]:
     """Every box predictor of the ROI heads."""
@@ -62,6 +68,10 @@ def stages_of(roi_heads: Any, name: str) -> list[Stage]:
 def why_not(roi_heads: Any, stage: Stage) -> str | None:
     """Why a predictor cannot be solved; ``None`` where it can."""
     layers = [getattr(stage.predictor, name, None) for name in ("cls_score", "bbox_pred")]
+    if is_text(layers[0]):
+        if bool(getattr(stage.predictor, "use_sigmoid_ce", False)):
+            return "a text classifier with sigmoids is trained, not solved"
+        return why_not_text(layers[0])
     if not all(isinstance(layer, nn.Linear) for layer in layers):
         return "cls_score and bbox_pred are not linear layers"
     if len(stage.predictor.box2box_transform.weights) != 4:
@@ -145,7 +155,7 @@ def fit_boxes(
     missing: tuple[int, ...] = ()
     stages = stages_of(model.roi_heads, name)
     for stage in stages:
-        classifier = f"{stage.name}.cls_score.weight"
+        classifier = stage.classifier
         num_classes = writer.num_classes(classifier)
         problem = why_not(model.roi_heads, stage)
         if not writer.new(classifier):
@@ -157,7 +167,7 @@ def fit_boxes(
             continue
         title = f"box head, stage {stage.number + 1} of {len(stages)}" if len(stages) > 1 else "box head"
         sample = gathered(collect(model, stages, stage, stream.views(title), num_classes, settings))
-        device = stage.predictor.cls_score.weight.device
+        device = stage.predictor.bbox_pred.weight.device
         low, high = (overlap + stage.threshold - 0.5 for overlap in settings.soft_iou)
 
         def work(
@@ -166,12 +176,13 @@ def fit_boxes(
         ) -> tuple[list[Any], PartReport, tuple[int, ...]]:  # fmt: skip
             if not sample:
                 nothing = PartReport(stage.name, "kept", "no region was found")
-                return [], nothing, writer.new(f"{stage.name}.cls_score.weight")
+                return [], nothing, writer.new(stage.classifier)
             held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
             placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
             share = ((placed["overlap"] - low) / max(high - low, 1e-6)).clamp(0, 1)
             share = torch.where(placed["label"] == num_classes, torch.zeros_like(share), share)
-            scores = solve_scores(stage, placed, share, writer, num_classes, settings)
+            solve = solve_text if is_text(stage.predictor.cls_score) else solve_scores
+            scores = solve(stage, placed, share, writer, num_classes, settings)
             if not scores.solutions:
                 return [], PartReport(stage.name, "kept", scores.reason), scores.missing
             boxes, penalties = solve_boxes(stage, placed, writer, num_classes, settings)

@@ -73,6 +73,7 @@ class RowWriter:
         layout = self.layouts.get(tensor)
         if layout is not None and not layout.axes:
             beside = [n for n, o in self.layouts.items() if o.axes and (o.group, o.part) == (layout.group, layout.part)]
+            beside = beside or [n for n, o in self.layouts.items() if o.axes and o.group == layout.group]
             # An agnostic tensor that stands alone serves whatever the heads of its space serve.
             beside = beside or [n for n, o in self.layouts.items() if o.axes and o.space == layout.space]
             return tuple(sorted({k for name in beside for k in self.carried(name)}))

@@ -147,7 +147,7 @@ def _descend(
     # A trace of penalty keeps the intercept of a column without examples where it was.
     strength[-1] = min(penalty, 1.0) * 1e-3
     # Box features are so correlated that plain L-BFGS has not arrived after 40 steps (bccd: AP 40.9, 41.4 after 200).
-    whiten = _whitening(z, parts, strength)
+    whiten = whitening(z, parts, strength)
     offset = torch.linalg.solve(whiten, initial - prior)
 
     def closure() -> torch.Tensor:
@@ -175,7 +175,7 @@ def _descend(
     return found
 
 
-def _whitening(z: torch.Tensor, parts: Sequence[slice], strength: torch.Tensor) -> torch.Tensor:
+def whitening(z: torch.Tensor, parts: Sequence[slice], strength: torch.Tensor) -> torch.Tensor:
     """(d, d) symmetric root of the inverse of a typical Hessian: p (1 - p) is about 0.1 where it matters."""
     gram = sum((z[part].t() @ z[part] for part in parts), z.new_zeros(z.shape[1], z.shape[1]))
     hessian = 0.1 * gram.double() / len(z) + torch.diag(strength[:, 0].double() + 1e-6)

@@ -1,0 +1,266 @@
+"""What checks look at: config, datasets, weights, plan and model, each made when first asked for and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..classes import ClassTable
+from ..components import add_component_keys, import_components
+from ..config import add_headadapt_config
+from ..configuring import build_on_meta, load_config, resolve_config
+from ..datasets import register_datasets
+from ..errors import DatasetError, HeadAdaptError
+from ..loading import check_exists, plan_file
+from ..plan import AdaptPlan
+from ..settings import AdaptSettings
+from ..tasks.data import settle_tasks
+
+Part = Literal["config", "registered", "settings", "resolved", "weights", "plan", "model"]
+QUICK_BYTES = 4 << 20
+"""Annotation files beyond this size are left to the command: training shall not wait for them twice."""
+
+
+class PartMissing(Exception):
+    """A part of the context cannot be had.
+
+    Args:
+        part: its name.
+        cause: the exception that it raised, or ``None`` where there simply is none.
+        reason: why, in a few words.
+    """
+
+    def __init__(self, part: str, cause: BaseException | None, reason: str) -> None:
+        self.part, self.cause, self.reason = part, cause, reason
+        super().__init__(f"{part}: {reason}")
+
+
+class DoctorContext:
+    """What is examined. Attributes are lazy and kept; nothing in it may be changed by a check.
+
+    ========== ============================= =================================================================
+    part       attributes                    what it is
+    ========== ============================= =================================================================
+    config     ``cfg``                       the config as the user wrote it, not resolved
+    registered ``dataset_names`` and below   ``cfg`` loaded, and ``DATASETS.REGISTER`` entered in the catalogs
+    settings   ``settings``, ``tables``      what the keys under ``MODEL.HEAD_ADAPT`` say; target tables by space
+    resolved   ``resolved``                  the frozen config that training would use: counts and device written
+    weights    ``weights_path``              a path that exists, or an address
+    plan       ``plan``                      what loading the weights would do
+    model      ``model``                     the model on the meta device, on the CPU where it does not build there
+    ========== ============================= =================================================================
+
+    Args:
+        config_file, opts, imports: as for :func:`d2_headadapt.configuring.load_config`.
+        weights: a checkpoint in place of ``MODEL.WEIGHTS``.
+        all_images: look at every image rather than at a sample.
+        ready: a config that was resolved already, as the trainer has it; the other arguments then do not count.
+        quick: only small annotation files are looked at (:meth:`small`).
+    """
+
+    def __init__(
+        self,
+        config_file: str = "",
+        opts: Sequence[str] = (),
+        imports: Sequence[str] = (),
+        weights: str | None = None,
+        *,
+        all_images: bool = False,
+        ready: CfgNode | None = None,
+        quick: bool = False,
+    ) -> None:
+        self.config_file, self.opts, self.imports = config_file, tuple(opts), tuple(imports)
+        self.weights, self.all_images, self.ready, self.quick = weights, all_images, ready, quick
+        self._made: dict[Any, Any] = {}
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def cfg(self) -> CfgNode:
+        return self.part("config")
+
+    @property
+    def defaults(self) -> CfgNode:
+        """Every key with its default: detectron2's, this package's, and those of the user's imported components."""
+        return self._kept("defaults", "defaults", self._defaults)
+
+    @property
+    def settings(self) -> AdaptSettings:
+        found: AdaptSettings = self.part("settings")
+        return found
+
+    @property
+    def tables(self) -> Mapping[str, ClassTable]:
+        """Target tables by label space."""
+        return self.settings.target
+
+    @property
+    def resolved(self) -> CfgNode:
+        return self.part("resolved")
+
+    @property
+    def weights_path(self) -> str:
+        found: str = self.part("weights")
+        return found
+
+    @property
+    def plan(self) -> AdaptPlan:
+        found: AdaptPlan = self.part("plan")
+        return found
+
+    @property
+    def model(self) -> nn.Module:
+        found: nn.Module = self.part("model")
+        return found
+
+    def part(self, name: str) -> Any:
+        """A part by name.
+
+        Raises:
+            PartMissing: it cannot be had.
+        """
+        makers: dict[str, Callable[[], Any]] = {
+            "config": self._config,
+            "registered": self._registered,
+            "settings": self._settings,
+            "resolved": self._resolved,
+            "weights": self._weights,
+            "plan": lambda: plan_file(self.weights_path, self.model, self.settings),
+            "model": lambda: build_on_meta(self.resolved),
+        }
+        return self._kept(("part", name), name, makers[name])
+
+    def failure(self, name: str) -> BaseException | None:
+        """The exception of making this very part: ``None`` where it is there, or is missing only because of another."""
+        try:
+            self.part(name)
+        except PartMissing as missing:
+            return missing.cause if missing.part == name else None
+        return None
+
+    def _config(self) -> CfgNode:
+        return self.ready if self.ready is not None else load_config(self.config_file, self.opts, self.imports)
+
+    def _defaults(self) -> CfgNode:
+        cfg = get_cfg()
+        add_headadapt_config(cfg)
+        add_component_keys(cfg, import_components(self.imports))
+        return cfg
+
+    def _registered(self) -> CfgNode:
+        register_datasets(self.cfg.DATASETS.get("REGISTER", []))
+        return self.cfg
+
+    def _settings(self) -> AdaptSettings:
+        cfg = self.part("registered").clone()
+        cfg.defrost()
+        settle_tasks(cfg)
+        return AdaptSettings.from_config(cfg)
+
+    def _resolved(self) -> CfgNode:
+        if self.ready is not None:
+            return self.ready
+        # A test set with other classes has its own finding, and hides no mistake of the model.
+        for tests in (self.part("registered").DATASETS.TEST, ()):
+            cfg = self.part("registered").clone()
+            cfg.DATASETS.TEST = tests
+            try:
+                resolve_config(cfg)
+                break
+            except HeadAdaptError:
+                if not tests:
+                    raise
+        return cfg
+
+    def _weights(self) -> str:
+        path: str = self.weights or self.cfg.MODEL.WEIGHTS
+        if not path:
+            raise PartMissing("weights", None, "MODEL.WEIGHTS is empty")
+        check_exists(path)
+        return path
+
+    def _kept(self, key: Any, part: str, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except PartMissing as missing:
+                self._made[key] = missing
+            except Exception as error:
+                # Also what torch or a user's component raises: a doctor that crashes helps nobody.
+                text = f"{error.where} cannot be used" if isinstance(error, HeadAdaptError) else str(error)
+                self._made[key] = PartMissing(part, error, " ".join(text.split())[:200] or type(error).__name__)
+        if isinstance(self._made[key], PartMissing):
+            raise self._made[key]
+        return self._made[key]
+
+    # -- datasets ------------------------------------------------------------------------------------------------------
+
+    @property
+    def train_names(self) -> tuple[str, ...]:
+        return self._names("TRAIN")
+
+    @property
+    def test_names(self) -> tuple[str, ...]:
+        return self._names("TEST")
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """The registered datasets of ``DATASETS.TRAIN`` and ``DATASETS.TEST``, each once."""
+        return tuple(dict.fromkeys((*self.train_names, *self.test_names)))
+
+    def _names(self, which: str) -> tuple[str, ...]:
+        names = self.part("registered").DATASETS[which]
+        # One string is an error of its own, and its letters are no datasets.
+        return () if isinstance(names, str) else tuple(n for n in names if n in DatasetCatalog)
+
+    def json_path(self, name: str) -> str | None:
+        """The annotation file of a dataset, where its metadata names one."""
+        path = MetadataCatalog.get(name).get("json_file")
+        return None if path is None else os.fspath(path)
+
+    def small(self, name: str) -> bool:
+        """Whether this run may read the annotations of a dataset: always, except in the trainer's quick run."""
+        if not self.quick:
+            return True
+        path = self.json_path(name)
+        return path is not None and os.path.isfile(path) and os.path.getsize(path) <= QUICK_BYTES
+
+    def raw_json(self, name: str) -> dict[str, Any] | None:
+        """The annotation file of a dataset as it is, parsed once; ``None`` where it has none that is a JSON mapping.
+
+        Raises:
+            PartMissing: the file is not there or damaged; part ``raw_json of NAME``.
+        """
+        part = f"raw_json of {name}"
+        found: dict[str, Any] | None = self._kept(("json", name), part, lambda: _read_json(self.json_path(name)))
+        return found
+
+    def dicts(self, name: str) -> list[dict[str, Any]]:
+        """The dataset dicts that detectron2's catalog gives, loaded once.
+
+        Raises:
+            PartMissing: loading raised; part ``dicts of NAME``.
+        """
+        self.part("registered")
+        found: list[dict[str, Any]] = self._kept(("dicts", name), f"dicts of {name}", lambda: DatasetCatalog.get(name))
+        return found
+
+
+def _read_json(path: str | None) -> dict[str, Any] | None:
+    if path is None or not path.lower().endswith(".json"):
+        return None
+    try:
+        with PathManager.open(path, "r", encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            path, expected="a JSON file", found=f"{type(error).__name__}: {error}", fix="Correct the path or the file."
+        ) from error
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,272 @@
+"""HA231 to HA236: the files of images, on disk and inside.
+
+Every file is looked for; a sample of them, or all with ``--all-images``, is read as detectron2's mapper reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from detectron2.data import MetadataCatalog
+from PIL import Image
+from tqdm import tqdm
+
+from .coco_json import Labels
+from .finding import DoctorContext, Finding, check
+from .reading import place, readable
+
+SAMPLE = 64
+"""Images of each dataset that are read, unless all are asked for."""
+SEED = 0
+ORIENTATION = 0x0112
+"""The EXIF tag of PIL that says how a camera was held; 5 to 8 exchange width and height."""
+UPRIGHT = (0, 1)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image file as it is: ``error``, or its width and height in pixels as stored and its EXIF orientation."""
+
+    index: int
+    error: str = ""
+    size: tuple[int, int] = (0, 0)
+    orientation: int = 1
+
+    @property
+    def turned(self) -> tuple[int, int]:
+        """Width and height after detectron2 has turned the image as the EXIF tag says."""
+        return self.size[::-1] if self.orientation in (5, 6, 7, 8) else self.size
+
+
+_looked: WeakKeyDictionary[DoctorContext, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def _datasets(context: DoctorContext) -> Iterator[tuple[str, Labels, list[str]]]:
+    """Each dataset on local disk with the paths of its images."""
+    for name, labels in readable(context):
+        paths = _paths(context, name, labels)
+        if paths and not any("://" in path for path in (paths[0], paths[-1])):
+            yield name, labels, paths
+
+
+def _paths(context: DoctorContext, name: str, labels: Labels) -> list[str]:
+    kept = _looked.setdefault(context, {})
+    if ("paths", name) not in kept:
+        root = os.fspath(MetadataCatalog.get(name).get("image_root") or "") if labels.from_json else ""
+        kept["paths", name] = [os.path.join(root, file) for file in labels.files]
+    found: list[str] = kept["paths", name]
+    return found
+
+
+def _bytes(context: DoctorContext, name: str, paths: Sequence[str]) -> list[int]:
+    """Size in bytes of every file, -1 where none is."""
+    kept = _looked.setdefault(context, {})
+    if ("bytes", name) not in kept:
+        kept["bytes", name] = [_size_of(path) for path in paths]
+    found: list[int] = kept["bytes", name]
+    return found
+
+
+def _size_of(path: str) -> int:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return -1
+    return status.st_size if os.path.isfile(path) else -1
+
+
+def _seen(context: DoctorContext, name: str, paths: Sequence[str]) -> list[Seen]:
+    """What a sample of the files that are there holds; the same files whenever the same dataset is asked for."""
+    kept = _looked.setdefault(context, {})
+    if ("seen", name) not in kept:
+        there = [i for i, size in enumerate(_bytes(context, name, paths)) if size >= 0]
+        if not context.all_images:
+            there = sorted(random.Random(SEED).sample(there, min(SAMPLE, len(there))))
+        hidden = None if context.all_images else True  # None: shown where standard error is a terminal.
+        bar = tqdm(there, desc=f"images of {name}", unit="image", disable=hidden, leave=False)
+        kept["seen", name] = [_look(i, paths[i]) for i in bar]
+    found: list[Seen] = kept["seen", name]
+    return found
+
+
+def _look(index: int, path: str) -> Seen:
+    try:
+        with Image.open(path) as image:
+            orientation = image.getexif().get(ORIENTATION, 1)
+            # Decoded, because a file that was cut off has a good header; a sample of photographs takes a second.
+            image.convert("RGB")
+            return Seen(index, "", image.size, orientation if isinstance(orientation, int) else 1)
+    except Exception as error:  # PIL raises nearly anything on damaged files.
+        return Seen(index, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def _extent(context: DoctorContext, name: str, paths: Sequence[str]) -> str:
+    looked, there = len(_seen(context, name, paths)), sum(size >= 0 for size in _bytes(context, name, paths))
+    return f"{looked} images that were looked at{' (a sample; --all-images looks at all)' if looked < there else ''}"
+
+
+@check("HA231", "every image is on disk", needs=("registered",), quick=True)
+def images_are_there(context: DoctorContext) -> Iterable[Finding]:
+    for name, labels, paths in _datasets(context):
+        gone = [i for i, size in enumerate(_bytes(context, name, paths)) if size < 0 and labels.files[i]]
+        if gone:
+            first = ", ".join(paths[i] for i in gone[:3])
+            yield Finding(
+                "HA231",
+                "error",
+                place(name, labels),
+                f"{len(gone)} of {len(paths)} images are not there, such as {first}",
+                "a file for every image",
+                "Correct images of this dataset in DATASETS.REGISTER, or file_name in the json."
+                if len(gone) == len(paths)
+                else "Copy the missing files, or remove these images from the json.",
+            )
+
+
+@check("HA232", "images can be read", needs=("registered",))
+def images_are_readable(context: DoctorContext) -> Iterable[Finding]:
+    for name, labels, paths in _datasets(context):
+        seen = _seen(context, name, paths)
+        damaged = [one for one in seen if one.error]
+        if damaged:
+            yield Finding(
+                "HA232",
+                "error",
+                place(name, labels),
+                f"{len(damaged)} of {_extent(context, name, paths)}, such as {paths[damaged[0].index]}: "
+                f"{damaged[0].error}",
+                "images that PIL decodes to their end",
+                "Fetch these files anew, or remove them from the json.",
+            )
+
+
+@check("HA233", "images have the size that the labels say", needs=("registered",))
+def image_sizes(context: DoctorContext) -> Iterable[Finding]:
+    """detectron2's mapper stops at the first that has not (``SizeMismatchError``)."""
+    for name, labels, paths in _datasets(context):
+        seen = [one for one in _seen(context, name, paths) if not one.error]
+        wrong = [one for one in seen if (labels.sizes[one.index] > 0).all() and one.turned != _said(labels, one)]
+        for turned, ones in (
+            (True, [one for one in wrong if one.turned[::-1] == _said(labels, one) and one.turned != one.size]),
+            (False, [one for one in wrong if one.turned[::-1] != _said(labels, one) or one.turned == one.size]),
+        ):
+            if not ones:
+                continue
+            first = ones[0]
+            said, is_ = _said(labels, first), first.turned
+            because = f", because its EXIF orientation is {first.orientation}" if turned else ""
+            smaller = ", smaller than its labels say" if is_[0] < said[0] or is_[1] < said[1] else ""
+            yield Finding(
+                "HA233",
+                "error",
+                place(name, labels),
+                f"{len(ones)} of {_extent(context, name, paths)}, such as {paths[first.index]}: "
+                f"{is_[0]} x {is_[1]}{because or smaller}",
+                f"{said[0]} x {said[1]}, the width and height in the labels",
+                "Turn the pixels of these files upright and remove the EXIF tag, or label the turned images, which is "
+                "what detectron2 reads."
+                if turned
+                else "Put the files there that were labelled, or correct width, height and boxes.",
+            )
+
+
+def _said(labels: Labels, one: Seen) -> tuple[int, int]:
+    width, height = labels.sizes[one.index]
+    return int(width), int(height)
+
+
+@check("HA234", "no image is mirrored or upside down by its EXIF tag", needs=("registered",), severity="note")
+def image_orientations(context: DoctorContext) -> Iterable[Finding]:
+    for name, labels, paths in _datasets(context):
+        seen = [one for one in _seen(context, name, paths) if not one.error]
+        # An exchange of width and height shows as a wrong size, see HA233; these do not show.
+        turned = [one for one in seen if one.orientation not in UPRIGHT and one.turned == one.size]
+        if turned:
+            yield Finding(
+                "HA234",
+                "note",
+                place(name, labels),
+                f"{len(turned)} of {_extent(context, name, paths)} have an EXIF orientation that turns or mirrors "
+                f"them, such as {paths[turned[0].index]} ({turned[0].orientation})",
+                "boxes drawn on the turned image, as detectron2 reads it",
+                "Draw a few of them with their boxes; where these are off, remove the EXIF tag.",
+            )
+
+
+@check("HA235", "no image is in train and test", needs=("registered",), quick=True, severity="warning")
+def shared_files(context: DoctorContext) -> Iterable[Finding]:
+    trained: dict[str, str] = {}
+    tested: list[tuple[str, Labels, list[str]]] = []
+    for name, labels, paths in _datasets(context):
+        if name in context.train_names:
+            trained.update(dict.fromkeys(_in_real_folders(paths), name))
+        if name in context.test_names:
+            tested.append((name, labels, paths))
+    for name, labels, paths in tested:
+        shared = [path for path in _in_real_folders(paths) if path in trained]
+        if shared:
+            found = f"{len(shared)} of {len(paths)} images are in {trained[shared[0]]!r} too"
+            yield _shared("HA235", place(name, labels), found, shared[0])
+
+
+def _in_real_folders(paths: Sequence[str]) -> list[str]:
+    """``paths`` with the links among their folders followed; once for each folder, because that asks the disk."""
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    return [os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
+
+
+@check("HA236", "no image of the test sample is in train under another name", needs=("registered",), severity="warning")
+def shared_content(context: DoctorContext) -> Iterable[Finding]:
+    """Files of a sampled test image's size in bytes are read and compared: few are, so all of train can be."""
+    datasets = list(_datasets(context))
+    train = [one for one in datasets if one[0] in context.train_names]
+    for name, labels, paths in datasets:
+        if name not in context.test_names or name in context.train_names:
+            continue
+        size = _bytes(context, name, paths)
+        seen = _seen(context, name, paths)
+        wanted = {size[one.index] for one in seen}
+        same_size: dict[str, str] = {}
+        for other, _, files in train:
+            for file, count in zip(files, _bytes(context, other, files), strict=True):
+                if count > 0 and count in wanted:
+                    same_size[os.path.realpath(file)] = other  # Few.
+        hashes = {_digest(file): file for file in same_size}
+        found = []
+        for one in seen:
+            path = paths[one.index]
+            # The same file is HA235's.
+            if size[one.index] > 0 and os.path.realpath(path) not in same_size and _digest(path) in hashes:
+                found.append((path, hashes[_digest(path)]))
+        if found:
+            yield _shared(
+                "HA236",
+                place(name, labels),
+                f"{len(found)} of {_extent(context, name, paths)} are in {same_size[found[0][1]]!r} too",
+                f"{found[0][0]}, byte for byte {found[0][1]}",
+            )
+
+
+def _digest(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return path
+
+
+def _shared(code: str, where: str, found: str, example: str) -> Finding:
+    return Finding(
+        code,
+        "warning",
+        where,
+        f"{found}, such as {example}",
+        "images that training has not seen",
+        "Remove them from DATASETS.TRAIN's files, or read the results as those on the training set.",
+    )

@@ -1,0 +1,191 @@
+"""The model itself: it builds, its parts fit each other, the batch survives, and nothing in it is forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..configuring import registered_names
+from ..tasks.dry_run import evaluating
+from .finding import DoctorContext, Finding, PartMissing, check
+from .walking import Trouble, tensors_of, walk
+
+BATCHES = (2, 3)
+"""A batch size that somebody wrote into a layer cannot be both."""
+FORWARD_PARAMETERS = 80_000_000
+"""A model with more is not run on the CPU: that would take more than seconds."""
+FORWARD_SIDE = 96
+"""Height and width (pixels) of the one image."""
+
+
+@check("HA501", "the model can be built")
+def builds(context: DoctorContext) -> Iterator[Finding]:
+    error = context.failure("model")
+    if error is not None:
+        yield Finding.of("HA501", error, where=f"MODEL.META_ARCHITECTURE {context.cfg.MODEL.META_ARCHITECTURE}")
+
+
+@check("HA502", "the modules of the model fit each other", needs=("model",))
+def shapes_fit(context: DoctorContext) -> Iterator[Finding]:
+    trouble = _trouble(context)
+    if trouble is not None and not trouble.batch_lost:
+        yield Finding(
+            "HA502",
+            "error",
+            f"{trouble.module} ({trouble.kind})",
+            f"{trouble.message} (input {trouble.inputs}, while running {trouble.part})",
+            "modules whose shapes fit each other",
+            f"Correct the keys under MODEL that {trouble.module or 'it'} is built from, or its from_config: sizes of "
+            "layers come from input_shape, and what is flattened from x.flatten(1).shape[1].",
+        )
+
+
+@check("HA503", "every head gives one row for each of its inputs", needs=("model",))
+def batch_survives(context: DoctorContext) -> Iterator[Finding]:
+    trouble = _trouble(context)
+    if trouble is not None and trouble.batch_lost:
+        given = trouble.inputs.removeprefix("(").split(",")[0]
+        yield Finding(
+            "HA503",
+            "error",
+            f"{trouble.module} ({trouble.kind})",
+            f"an output {trouble.message} from an input {trouble.inputs}",
+            f"{given} rows in the output, one for each region or image",
+            "Flatten with x.flatten(1), which keeps the batch, never with x.view(-1, width).",
+        )
+
+
+_TROUBLE: WeakKeyDictionary[DoctorContext, Trouble | None] = WeakKeyDictionary()
+_ON_CPU: WeakKeyDictionary[DoctorContext, nn.Module] = WeakKeyDictionary()
+
+
+def _trouble(context: DoctorContext) -> Trouble | None:
+    """The first trouble of the model's parts, found once for a context."""
+    if context not in _TROUBLE:
+        _TROUBLE[context] = _find_trouble(context)
+    return _TROUBLE[context]
+
+
+def _find_trouble(context: DoctorContext) -> Trouble | None:
+    """What fails on the meta device must fail on the CPU too; some of torch's checks exist only there."""
+    channels = len(context.resolved.MODEL.PIXEL_MEAN)
+    for batch in BATCHES:
+        if walk(context.model, channels, batch) is not None:
+            found = walk(_on_cpu(context), channels, batch)
+            if found is not None:
+                return found
+    return walk(_on_cpu(context), channels, BATCHES[0]) if _parameters(context) <= FORWARD_PARAMETERS else None
+
+
+def _parameters(context: DoctorContext) -> int:
+    return sum(p.numel() for p in context.model.parameters())
+
+
+def _on_cpu(context: DoctorContext) -> nn.Module:
+    """A model with values, on the CPU, built once for a context; no random stream moves."""
+    if context not in _ON_CPU:
+        _ON_CPU[context] = _build_on_cpu(context.resolved.clone())
+    return _ON_CPU[context]
+
+
+def _build_on_cpu(cfg: CfgNode) -> nn.Module:
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    # Everything is a detection, and few of them: each head is called, and soon done.
+    cfg.TEST.DETECTIONS_PER_IMAGE = 3
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 8
+    for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.get("FCOS", {})):
+        if "SCORE_THRESH_TEST" in node:
+            node.SCORE_THRESH_TEST = 0.0
+    with registered_names(), torch.random.fork_rng(devices=[]):
+        model: nn.Module = build_model(cfg)
+    return model
+
+
+@check("HA504", "every module with parameters is used", needs=("model",), severity="warning")
+def everything_is_used(context: DoctorContext) -> Iterator[Finding]:
+    """A module that was added and never called trains nothing, and stops training on several GPUs."""
+    count = _parameters(context)
+    if count > FORWARD_PARAMETERS:
+        reason = f"{count / 1e6:.0f} million parameters: a forward pass on the CPU would take long"
+        raise PartMissing("a forward pass", None, reason)
+    cfg = context.resolved
+    try:
+        idle = unused(_on_cpu(context), _one_image(cfg))
+    except Exception as error:
+        # An image as small as this one may be too small for an architecture: that is no mistake of its user.
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PartMissing("a forward pass", error, f"one image of {FORWARD_SIDE} pixels failed with {text}") from error
+    for name, kind in idle:
+        yield Finding(
+            "HA504",
+            "warning",
+            f"{name} ({kind})",
+            "parameters that one forward pass in evaluation mode never touched",
+            "a module that forward calls",
+            f"Call {name} in the forward of the module that holds it, or remove it. If only training calls it, all is "
+            "well.",
+        )
+
+
+class _Touched(TorchFunctionMode):
+    """Remembers the parameters that any operation of torch gets, by identity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.update(id(t) for t in tensors_of([*args, *(kwargs or {}).values()]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def unused(model: nn.Module, inputs: Any) -> list[tuple[str, str]]:
+    """Modules with parameters that an evaluation never called and whose parameters no operation got: name and class.
+
+    Of modules inside each other only the outermost is named.
+
+    Args:
+        model: on the CPU.
+        inputs: of its forward.
+    """
+    called: set[int] = set()
+    handles = [m.register_forward_pre_hook(lambda module, _: called.add(id(module))) for m in model.modules()]
+    touched = _Touched()
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]), touched:
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue
+        below = [m for m in module.modules() if any(True for _ in m.parameters(recurse=False))]
+        if below and not any(_is_used(m, called, touched.seen) for m in below) and id(module) not in called:
+            found.append((name, type(module).__name__))
+    return found
+
+
+def _is_used(module: nn.Module, called: set[int], touched: set[int]) -> bool:
+    return id(module) in called or any(id(p) in touched for p in module.parameters(recurse=False))
+
+
+def _one_image(cfg: CfgNode) -> list[dict[str, Any]]:
+    side = FORWARD_SIDE
+    image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), side, side, dtype=torch.uint8)
+    entry: dict[str, Any] = {"image": image, "height": side, "width": side}
+    if cfg.MODEL.LOAD_PROPOSALS:
+        boxes = Boxes(torch.tensor([[8.0, 8.0, 48.0, 56.0]]))
+        entry["proposals"] = Instances((side, side), proposal_boxes=boxes, objectness_logits=torch.zeros(1))
+    return [entry]

@@ -1,0 +1,119 @@
+"""What ``--resume`` would do with the run that OUTPUT_DIR holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from ..errors import CheckpointFileError
+from ..files import read_checkpoint
+from ..loading import check_exists, plan_file
+from ..moments import find_state
+from ..report import summary_line
+from .finding import DoctorContext, Finding, check
+
+
+def last_checkpoint(cfg: CfgNode) -> str | None:
+    """The file that ``OUTPUT_DIR/last_checkpoint`` names, as fvcore reads it; ``None`` where there is no such note."""
+    note = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    if not os.path.isfile(note):
+        return None
+    with open(note, encoding="utf-8", errors="replace") as file:
+        return os.path.join(cfg.OUTPUT_DIR, file.read().strip())
+
+
+@check("HA305", "no other run lies in OUTPUT_DIR", severity="warning")
+def other_run(context: DoctorContext) -> Iterator[Finding]:
+    """With --resume MODEL.WEIGHTS is ignored; without it the run in OUTPUT_DIR is overwritten."""
+    cfg = context.cfg
+    last = last_checkpoint(cfg)
+    if last is None:
+        return
+    where = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
+    try:
+        check_exists(last, own_file=True)
+        read_checkpoint(last, trust=_trusts(cfg), verify=False)
+    except CheckpointFileError as error:
+        yield Finding("HA305", "warning", where, f"{last}: {error.found}", error.expected, error.fix)
+        return
+    weights = context.weights or cfg.MODEL.WEIGHTS
+    if weights and os.path.realpath(weights) != os.path.realpath(last):
+        yield Finding(
+            "HA305",
+            "warning",
+            where,
+            f"a run whose last checkpoint is {os.path.basename(last)}: with --resume it goes on and MODEL.WEIGHTS "
+            f"{weights} is not read; without, its files are overwritten",
+            "a folder of its own for a run that starts from other weights",
+            "Set OUTPUT_DIR to a new folder to start from MODEL.WEIGHTS, or add --resume to go on.",
+        )
+
+
+@check("HA306", "a resumed run has iterations left", severity="warning")
+def iterations_left(context: DoctorContext) -> Iterator[Finding]:
+    cfg = context.cfg
+    done = _iteration(_readable(cfg))
+    if done is not None and done + 1 >= cfg.SOLVER.MAX_ITER:
+        yield Finding(
+            "HA306",
+            "warning",
+            "SOLVER.MAX_ITER",
+            f"{cfg.SOLVER.MAX_ITER}, and the run in OUTPUT_DIR has done {done + 1}: --resume trains nothing",
+            f"more than {done + 1} to go on with that run",
+            f"Set SOLVER.MAX_ITER above {done + 1} to go on, or OUTPUT_DIR to a new folder for a new run.",
+        )
+
+
+@check("HA307", "the optimizer in OUTPUT_DIR is of this class list", needs=("model", "settings"), severity="warning")
+def optimizer_fits(context: DoctorContext) -> Iterator[Finding]:
+    """Stock detectron2 loads moments by position, and the first ``step()`` raises on two sizes."""
+    cfg = context.resolved
+    last, checkpoint = last_checkpoint(cfg), _readable(cfg)
+    if last is None or not find_state(checkpoint) or context.settings.resume == "adapt":
+        return
+    # As the checkpointer does: what the user says of MODEL.WEIGHTS is not about this run's own file.
+    own = replace(context.settings, source={}, initialise=frozenset(), include=(), exclude=(), rename=())
+    plan = plan_file(last, context.model, own)
+    changed = [
+        t
+        for t in plan.by_action("carried", "initialised", "kept")
+        if t.source_shape is not None and "rebuilt" not in t.reason
+    ]
+    if changed:
+        yield Finding(
+            "HA307",
+            "warning",
+            last,
+            f"weights and moments of another class list or architecture: {len(changed)} tensors changed, "
+            f"{changed[0].name} first ({summary_line(plan)})",
+            "the tensors of this config where --resume is meant",
+            "Set MODEL.HEAD_ADAPT.RESUME adapt to go on with carried moments, or OUTPUT_DIR to a new folder.",
+        )
+
+
+def _readable(cfg: CfgNode) -> Mapping[str, Any]:
+    """The content of the last checkpoint; empty where there is none or HA305 says that it cannot be read."""
+    last = last_checkpoint(cfg)
+    if last is None or not os.path.isfile(last):
+        return {}
+    try:
+        return read_checkpoint(last, trust=_trusts(cfg), verify=False)
+    except CheckpointFileError:
+        return {}
+
+
+def _iteration(checkpoint: Mapping[str, Any]) -> int | None:
+    """The last iteration that was done: a trainer's own count, else the periodic checkpointer's."""
+    trainer = checkpoint.get("trainer")
+    for holder in (trainer if isinstance(trainer, Mapping) else {}, checkpoint):
+        if isinstance(holder.get("iteration"), int):
+            return int(holder["iteration"])
+    return None
+
+
+def _trusts(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.HEAD_ADAPT.TRUST_FILE) if "HEAD_ADAPT" in cfg.MODEL else False

@@ -1,0 +1,1 @@
+"""Classifiers made of text embeddings (CLIP, RegionCLIP, Detic)."""
