@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .commands import adapt, doctor, explain, fit, plan
+from .commands import adapt, doctor, explain, fit, plan, predict, run_existing
 from .engine import add_import_argument
 from .errors import HeadAdaptError
 from .version import __version__
@@ -72,6 +72,39 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("text", nargs="+", metavar="TEXT", help="the error or a whole log; - reads standard input")
     command.set_defaults(run=explain)
+
+    command = commands.add_parser(
+        "predict", help="boxes, names and tasks of images, as JSON and as pictures; names come from the checkpoint"
+    )
+    _add_common(command)
+    command.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="images, or folders of images")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="for predictions.json and the pictures")
+    command.add_argument("--least-score", type=float, default=0.5, metavar="SCORE", help="of a box that is kept (0.5)")
+    command.set_defaults(run=predict)
+
+    command = commands.add_parser(
+        "run",
+        help="run an existing detectron2 script, unmodified, with class-by-class loading",
+        usage="d2-headadapt run [options] SCRIPT ARGS... | d2-headadapt run [options] -m MODULE ARGS...",
+        epilog="Options stand before SCRIPT; everything after it is the script's.",
+    )
+    add_import_argument(command)
+    command.add_argument("--fit", action="store_true", help="DefaultTrainer solves new rows before its first iteration")
+    command.add_argument("--heads", action="store_true", help="this package's ROI heads where the config names stock's")
+    command.add_argument(
+        "--set",
+        dest="opts",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="a default of the script's config, such as MODEL.HEAD_ADAPT.SOURCE_CLASSES coco; repeatable",
+    )
+    command.add_argument(
+        "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module in place of SCRIPT"
+    )
+    command.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT", help="and its arguments")
+    command.set_defaults(run=run_existing)
     return parser
 
 

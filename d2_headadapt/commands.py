@@ -6,17 +6,20 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from .adopting import Adoption, run_script
 from .checkpoint import HeadAdaptCheckpointer
 from .configuring import build_on_meta as build_on_meta
 from .configuring import load_config, registered_names, resolve_config
 from .doctor.explain import explanation_text
 from .doctor.running import checks_markdown, examine, report_json, report_text
+from .engine import refuse_new_rows
 from .errors import UsageError
 from .files import existing_output, write_checkpoint, write_text
 from .fit import (
@@ -29,6 +32,7 @@ from .fit import (
     training_dicts,
 )
 from .loading import check_exists, plan_file, refuse_plan
+from .predicting import Predictor, image_files, name_classes, predict_files, provenance_of
 from .provenance import KEY
 from .report import plan_json, plan_table, summary_line
 from .report_html import plan_html
@@ -169,3 +173,34 @@ def _weights(args: argparse.Namespace, cfg: CfgNode) -> str:
         )
     check_exists(path)
     return path
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Write what a model says of images: ``predictions.json`` and a picture for each."""
+    setup_logger(name="d2_headadapt")
+    cfg = load_config(args.config_file, args.opts, args.imports)
+    weights, files = _weights(args, cfg), image_files(args.images)
+    known = provenance_of(weights, cfg.MODEL.HEAD_ADAPT.TRUST_FILE)
+    name_classes(cfg, known)
+    predictor = Predictor(cfg, resolve_config(cfg, reads_labels=False), weights, known)
+    refuse_new_rows(predictor.checkpointer, cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
+    for line in predict_files(predictor, files, Path(args.output), args.least_score):
+        print(line)
+    print(f"wrote {args.output}")
+    return 0
+
+
+def run_existing(args: argparse.Namespace) -> int:
+    """Run somebody's own script with this package in place."""
+    command = ["-m", *args.module] if args.module else args.script
+    if not command or command == ["-m"]:
+        raise UsageError(
+            "d2-headadapt run",
+            expected="a script",
+            found="none",
+            fix="Type: d2-headadapt run train_net.py ...",
+        )
+    setup_logger(name="d2_headadapt")
+    opts = [word for pair in args.opts for word in pair]
+    run_script(command, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads))
+    return 0

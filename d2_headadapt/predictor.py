@@ -126,7 +126,7 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
                 # Stock drops what is not finite before it counts, and counts in images of their own.
                 finite = box.isfinite().all(dim=1) & prob.isfinite().all(dim=1)
                 regions.append(start + finite.nonzero()[:, 0][rows])
-                start += len(box)
+                start += box.shape[0]
             self.classify(features_of(predictions)[torch.cat(regions)], instances)
         return instances, kept
 
@@ -148,7 +148,8 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
             found = scores >= 0.5 if head.spec.multi else scores.argmax(dim=1)
             start = 0
             for image in instances:
-                rows = slice(start, start + len(image))
+                # Not len(): tracing would write the number of detections of its one image into the graph.
+                rows = slice(start, start + image.pred_boxes.tensor.shape[0])
                 image.set(f"scores_{name}", scores[rows])
                 image.set(f"pred_{name}", found[rows])
                 start = rows.stop

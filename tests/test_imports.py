@@ -40,7 +40,7 @@ doctor.data_checks doctor.box_checks doctor.field_checks doctor.image_checks
 doctor.weights_checks doctor.resume_checks doctor.text_checks doctor.walking doctor.model_checks
 doctor.running doctor
 doctor.known_errors doctor.known_shapes doctor.known_messages doctor.explain
-engine commands cli
+engine adopting predicting exporting commands cli
 __init__ __main__
 """
 

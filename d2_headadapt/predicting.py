@@ -1,0 +1,197 @@
+"""``d2-headadapt predict``: boxes, names and tasks of images, as JSON and as pictures. Names come from the checkpoint.
+
+H, W   of an image, in pixels
+n      number of detections
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_image_to_rgb, read_image
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from .checkpoint import HeadAdaptCheckpointer
+from .classes import ClassTable
+from .configuring import registered_names
+from .errors import DatasetError
+from .files import read_checkpoint, write_text
+from .provenance import KEY, Provenance
+from .settings import AdaptSettings, apply_num_classes, attach_settings
+from .tasks.drawing import draw_tasks
+from .tasks.spec import TaskSpec, task_specs
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class Predictor:
+    """A model with the names that its checkpoint was saved with.
+
+    Args:
+        cfg: resolved, as :func:`d2_headadapt.configuring.resolve_config` leaves it.
+        settings: of the config; classes that it does not know come from the file.
+        weights: the checkpoint.
+        known: what the checkpoint says about itself.
+
+    Raises:
+        HeadAdaptError: the file cannot be used with the model.
+    """
+
+    def __init__(self, cfg: CfgNode, settings: AdaptSettings, weights: str, known: Provenance) -> None:
+        target = {**known.tables, **settings.target}
+        self.cfg = cfg = cfg.clone()
+        cfg.defrost()
+        apply_num_classes(cfg, target)
+        cfg.freeze()
+        with registered_names():
+            self.model: nn.Module = build_model(cfg)
+        attach_settings(self.model, replace(settings, target=target))
+        self.checkpointer = HeadAdaptCheckpointer(self.model)
+        self.checkpointer.load(weights, checkpointables=[])
+        self.model.eval()
+        plan = self.checkpointer.plan
+        self.tables: Mapping[str, ClassTable] = plan.target if plan is not None else target
+        self.specs: tuple[TaskSpec, ...] = task_specs(cfg, registered_only=True)
+        things = self.tables.get("thing")
+        self.metadata = Metadata(thing_classes=list(things.names)) if things is not None else None
+        size = cfg.INPUT.MIN_SIZE_TEST
+        self._resize = T.AugmentationList(
+            [T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)] if size else [T.NoOpTransform()]
+        )
+
+    @torch.no_grad()
+    def __call__(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """The model's output for one image (H, W, 3) in ``INPUT.FORMAT``; boxes are in its pixels."""
+        height, width = image.shape[:2]
+        seen = T.AugInput(image)
+        self._resize(seen)
+        tensor = torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)), dtype=torch.float32)
+        outputs: list[dict[str, Any]] = self.model([{"image": tensor, "height": height, "width": width}])
+        return outputs[0]
+
+    def describe(self, output: Mapping[str, Any], least_score: float) -> dict[str, Any]:
+        """An output in plain types: ``detections`` with box (x0, y0, x1, y1), score, class and tasks, and ``tasks``."""
+        found: dict[str, Any] = {}
+        if "instances" in output:
+            instances = output["instances"].to("cpu")
+            instances = instances[instances.scores >= least_score]
+            found["detections"] = [self._detection(instances, i) for i in range(len(instances))]
+        tasks = {
+            spec.name: _label(spec, output[f"pred_{spec.name}"], output[f"scores_{spec.name}"])
+            for spec in self.specs
+            if spec.on == "image" and f"pred_{spec.name}" in output
+        }
+        return {**found, **({"tasks": tasks} if tasks else {})}
+
+    def _detection(self, instances: Instances, i: int) -> dict[str, Any]:
+        things, k = self.tables.get("thing"), int(instances.pred_classes[i])
+        found: dict[str, Any] = {
+            "box": [round(value, 2) for value in instances.pred_boxes.tensor[i].tolist()],
+            "score": round(float(instances.scores[i]), 4),
+            "class": things.names[k] if things is not None else f"class_{k}",
+        }
+        tasks = {
+            spec.name: _label(spec, instances.get(f"pred_{spec.name}")[i], instances.get(f"scores_{spec.name}")[i])
+            for spec in self.specs
+            if spec.on == "box" and instances.has(f"pred_{spec.name}")
+        }
+        return {**found, **({"tasks": tasks} if tasks else {})}
+
+
+def provenance_of(path: str, trust: bool) -> Provenance:
+    """What a checkpoint says about itself; empty where it says nothing."""
+    local = PathManager.get_local_path(path.partition("?")[0])
+    stored = read_checkpoint(local, trust=trust, verify=False).get(KEY)
+    return Provenance() if stored is None else Provenance.from_plain(stored, path)
+
+
+def name_classes(cfg: CfgNode, known: Provenance) -> None:
+    """Let a checkpoint that knows its classes name them, so that no dataset need be there. In place; not frozen."""
+    if known.tables:
+        cfg.DATASETS.TRAIN = ()
+    cfg.DATASETS.TEST = ()
+    for name, node in cfg.MODEL.TASKS.items():
+        if node.classes is None and name in known.tables:
+            node.classes = list(known.tables[name].names)
+
+
+def _label(spec: TaskSpec, predicted: Any, scores: torch.Tensor) -> dict[str, Any] | list[dict[str, Any]]:
+    if spec.multi:
+        rows = [k for k, score in enumerate(scores.tolist()) if score >= 0.5]
+        return [{"label": spec.table.names[k], "score": round(float(scores[k]), 4)} for k in rows]
+    k = int(predicted)
+    return {"label": spec.table.names[k], "score": round(float(scores[k]), 4)}
+
+
+def image_files(names: Sequence[str]) -> list[Path]:
+    """The images that a command line names: files, and those in folders.
+
+    Raises:
+        DatasetError: a name that is neither, or a folder without an image.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
+        if not path.exists() or not inside:
+            raise DatasetError(
+                name,
+                expected="an image, or a folder of images",
+                found="nothing there" if not path.exists() else f"a folder without {', '.join(ENDINGS)}",
+                fix="Correct the path.",
+            )
+        found += inside
+    return found
+
+
+def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, least_score: float) -> Iterator[str]:
+    """Write ``predictions.json`` and one picture for each image into a folder.
+
+    Args:
+        predictor: the model.
+        files: images; one that cannot be read is reported and passed over.
+        output: the folder, made where it is missing.
+        least_score: of a box that is kept.
+
+    Yields:
+        One line for each image.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, Any]] = []
+    for i, path in enumerate(tqdm(files, desc="predict", unit="image", disable=len(files) < 5)):
+        try:
+            image = read_image(str(path), format=predictor.cfg.INPUT.FORMAT)
+        except (OSError, ValueError, SyntaxError) as exc:
+            found.append({"file": str(path), "error": str(exc)})
+            yield f"{path}: cannot be read ({exc})"
+            continue
+        result = predictor(image)
+        told = predictor.describe(result, least_score)
+        rgb = np.ascontiguousarray(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT)).astype(np.uint8)
+        picture = output / f"{i:04d}_{path.stem}.png"
+        draw_tasks(rgb, result, predictor.metadata, predictor.specs, least_score=least_score).save(str(picture))
+        size = {"height": image.shape[0], "width": image.shape[1]}
+        found.append({"file": str(path), **size, **told, "picture": picture.name})
+        yield f"{path}: {_line(told)}"
+    write_text(os.path.join(output, "predictions.json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def _line(told: Mapping[str, Any]) -> str:
+    words = [f"{d['class']} {100 * d['score']:.0f}%" for d in told.get("detections", ())]
+    words += [f"{name}: {value}" for name, value in told.get("tasks", {}).items()]
+    return ", ".join(words) or "nothing"
