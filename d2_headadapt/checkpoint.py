@@ -17,14 +17,14 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
-from .errors import CheckpointFileError, HeadAdaptError
+from .errors import CheckpointFileError, HeadAdaptError, RankError
 from .files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
 from .layout_registry import layouts_of
 from .loading import asks_heuristics, check_exists, not_fetched, plan_load, refuse_plan, settle_checkpoint
 from .moments import adapt_averages
 from .plan import AdaptPlan
 from .provenance import KEY, Provenance, optimizer_names
-from .ranks import agree, compare, readable_everywhere, share_new_rows
+from .ranks import agree, compare, everywhere, readable_everywhere, share_new_rows
 from .report import plan_json, plan_notices, plan_table, summary_line
 from .resuming import adapt_resume, find_optimizer
 from .settings import AdaptSettings, settings_of
@@ -116,6 +116,23 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         finally:
             # Stock resets this only after a load that worked, and asserts on it in the next one.
             self._parsed_url_during_load = None
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As stock's, and refused where only some processes have a run to go on with: the others would wait forever.
+
+        Raises:
+            RankError: names the ranks without ``last_checkpoint``.
+        """
+        there = everywhere(resume and self.has_checkpoint())
+        if any(there) and not all(there):
+            ranks = ", ".join(str(rank) for rank, found in enumerate(there) if not found)
+            raise RankError(
+                os.path.join(self.save_dir, "last_checkpoint"),
+                expected="a run to go on with on every rank, or on none",
+                found=f"none on rank {ranks}",
+                fix="Copy last_checkpoint and the file that it names to every machine, or use a shared OUTPUT_DIR.",
+            )
+        return dict(super().resume_or_load(path, resume=resume))
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:

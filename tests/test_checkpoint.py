@@ -22,7 +22,7 @@ import d2_headadapt.checkpoint
 import d2_headadapt.plan
 import d2_headadapt.surgery
 from d2_headadapt import AdaptSettings, ClassTable, HeadAdaptCheckpointer, vocabulary
-from d2_headadapt.errors import CheckpointFileError, ClassTableError, HeadAdaptError, PlanRefused
+from d2_headadapt.errors import CheckpointFileError, ClassTableError, HeadAdaptError, PlanRefused, RankError
 from d2_headadapt.provenance import KEY
 
 FIVE = names(5)
@@ -650,3 +650,12 @@ def test_a_last_checkpoint_that_names_a_deleted_file_says_what_to_do(tmp_path: P
     (tmp_path / "model.pth").rename(tmp_path / "model_2.pth")
     with pytest.raises(CheckpointFileError, match=r"into its last_checkpoint, or start without --resume.*model_2.pth"):
         checkpointer.resume_or_load("", resume=True)
+
+
+def test_a_run_that_only_some_ranks_can_go_on_with_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2_headadapt.checkpoint.everywhere", lambda here: [True, here])
+    checkpointer = HeadAdaptCheckpointer(stock_model(2), str(tmp_path))
+    with pytest.raises(RankError, match="expected a run to go on with on every rank, or on none, found none on rank 1"):
+        checkpointer.resume_or_load("", resume=True)
+    monkeypatch.setattr("d2_headadapt.checkpoint.everywhere", lambda here: [here, here])
+    assert checkpointer.resume_or_load("", resume=False) == checkpointer.resume_or_load("", resume=True) == {}

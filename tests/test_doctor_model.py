@@ -224,7 +224,12 @@ def test_the_failing_module_is_named_with_its_input_and_torchs_words(
     assert (finding.code, finding.severity, finding.where) == ("HA502", "error", where)
     assert [w for w in words if w not in finding.found] == []
     sound = {**keys, "ROI_BOX_HEAD__NAME": "FlatHead", "ROI_MASK_HEAD__NAME": "MaskRCNNConvUpsampleHead"}
-    assert findings(changed(**{**sound, "ROI_KEYPOINT_HEAD__NAME": "KRCNNConvDeconvUpsampleHead"})) == []
+    cfg = changed(**{**sound, "ROI_KEYPOINT_HEAD__NAME": "KRCNNConvDeconvUpsampleHead"})
+    context = DoctorContext(ready=_no_data(cfg))
+    report = run_checks(context, MODEL_CHECKS)
+    assert report.findings == ()
+    # detectron2's own keypoint inference asserts on the heatmaps of some random weights: then HA504 cannot run.
+    assert set(report.not_run) <= ({"HA504"} if "KEYPOINT_ON" in keys else set())
 
 
 def test_a_backbone_that_lies_about_its_channels_is_met_where_it_is_used() -> None:
