@@ -134,17 +134,16 @@ class FitHook(HookBase):
         if self._lookahead is not None and done % EVERY == 0:
             self._lookahead.step()
         if done in self._calm.refits and self.report is not None and self._solved and done < self.trainer.max_iter:
-            self._refit(done)
+            self._refit(done, self.report)
         if done >= self._calm.calm_iters:
             self._lookahead = None
         if done >= max(self._calm.refits, default=0):
             self._cache, self._seen = None, []
 
-    def _refit(self, done: int) -> None:
-        assert self.report is not None
+    def _refit(self, done: int, first: FitReport) -> None:
         parts = tuple(part for part in self._settings.parts if part in ("box", "dense", "task"))
         # Not those of masks, which are not solved again.
-        classifiers = [part.penalties for part in self.report.parts if not part.part.endswith("mask_head.predictor")]
+        classifiers = [part.penalties for part in first.parts if not part.part.endswith("mask_head.predictor")]
         chosen = {own[layer] for own in classifiers for layer in ("cls_score", "predictor") if layer in own}
         # What the held-out images chose for the classifier is kept: most of the time goes into that choice.
         penalties = tuple(sorted(chosen, reverse=True)) or self._settings.penalties

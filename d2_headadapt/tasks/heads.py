@@ -8,6 +8,7 @@ K   number of classes of a task
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -113,9 +114,7 @@ class TaskHeads(nn.Module):
         return len(self.specs)
 
     def __getitem__(self, name: str) -> TaskHead:
-        head = self.get_submodule(_module_name(name))
-        assert isinstance(head, TaskHead)
-        return head
+        return cast(TaskHead, self.get_submodule(_module_name(name)))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """(N, C) -> logits (N, K) by task."""
