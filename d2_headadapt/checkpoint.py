@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,15 @@ from torch import nn
 from .errors import CheckpointFileError, HeadAdaptError, RankError
 from .files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
 from .layout_registry import layouts_of
-from .loading import asks_heuristics, check_exists, not_fetched, plan_load, refuse_plan, settle_checkpoint
+from .loading import (
+    asks_heuristics,
+    check_exists,
+    has_foreign_hooks,
+    not_fetched,
+    plan_load,
+    refuse_plan,
+    settle_checkpoint,
+)
 from .moments import adapt_averages
 from .plan import AdaptPlan
 from .provenance import KEY, Provenance, optimizer_names
@@ -30,14 +38,11 @@ from .resuming import adapt_resume, find_optimizer
 from .settings import AdaptSettings, settings_of
 from .text.nearest import NearestRows, plan_nearest
 from .text.predictor import FACTS, refuse_other_text, text_facts
+from .untrained import OPEN_ROWS, open_rows, projections, unchanged_classes, untrained_classes
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "head_adapt_plan.json"
 """Beside a run's checkpoints: what its last load did."""
-
-
-OPEN_ROWS = "untrained_rows"
-"""Key of provenance's ``extra``: names of the classes without a trained row, by tensor."""
 
 
 class HeadAdaptCheckpointer(DetectionCheckpointer):
@@ -293,7 +298,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         """New rows that change inside count as fitted: ``untrained`` keeps the classes of which some row did not."""
         plan = self.plan if self.plan is not None else AdaptPlan(())
         new, state = self.rows_to_fit(), self.model.state_dict()
-        before = {name: state[name].clone() for name in [*new, *_projections(plan, new)] if name in state}
+        before = {name: state[name].clone() for name in [*new, *projections(plan, new)] if name in state}
         yield
         left = unchanged_classes(plan, new, before, self.model.state_dict())
         self._open = {name: names for name, names in left.items() if names}
@@ -331,83 +336,3 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         if facts:
             extra[FACTS] = facts
         return Provenance(fitting, layouts, names, self.untrained, extra)
-
-
-def has_foreign_hooks(model: nn.Module) -> bool:
-    """Whether a module that is neither torch's nor detectron2's takes part in loading, and so may raise half-way."""
-    known = ("torch.", "detectron2.", "d2_headadapt.")
-    return any(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-        or (
-            type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-            and not type(module)._load_from_state_dict.__module__.startswith(known)
-        )
-        for module in model.modules()
-    )
-
-
-def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
-    """Classes of which some row is new, or came from rows that were never trained."""
-    found = {space: set(names) for space, names in plan.new_classes().items()}
-    for space, names in known.untrained.items():
-        classes = plan.class_map(space)
-        if classes is not None:
-            pairs = classes.carried
-            found.setdefault(space, set()).update(
-                classes.target.names[t] for t, s in pairs if classes.source.names[s] in names
-            )
-    return {space: tuple(sorted(names)) for space, names in found.items() if names}
-
-
-def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
-    """Names of the classes without a trained row, tensor by tensor, as far as the target classes are known."""
-    stored = known.extra.get(OPEN_ROWS)
-    found: dict[str, tuple[str, ...]] = {}
-    for t in plan.by_action("carried", "copied", "initialised"):
-        table, classes = plan.target.get(t.space or ""), plan.class_map(t.space or "")
-        if table is None:
-            continue
-        names = {table.names[k] for k in t.new}
-        listed = stored.get(t.name, ()) if isinstance(stored, Mapping) else ()
-        if classes is not None and t.action != "initialised":
-            names |= {table.names[a] for a, b in classes.carried if classes.source.names[b] in listed}
-        if names:
-            found[t.name] = tuple(sorted(names))
-    return found
-
-
-def _projections(plan: AdaptPlan, tensors: Iterable[str]) -> list[str]:
-    """What leads from region features to the embeddings among ``tensors``, and is fitted in place of their rows."""
-    groups = {layout.group for layout in plan.layouts if layout.given and layout.tensor in set(tensors)}
-    return [layout.tensor for layout in plan.layouts if layout.group in groups and layout.agnostic]
-
-
-def unchanged_classes(
-    plan: AdaptPlan,
-    new: Mapping[str, Sequence[int]],
-    before: Mapping[str, torch.Tensor],
-    after: Mapping[str, torch.Tensor],
-) -> dict[str, tuple[str, ...]]:
-    """Names, tensor by tensor, of the classes whose rows are what they were.
-
-    Args:
-        plan: of the last load.
-        new: the classes to look at, tensor by tensor.
-        before, after: tensors by name, at least those of ``new``, and what leads to embeddings among them.
-    """
-    layouts = {layout.tensor: layout for layout in plan.layouts}
-
-    def same(name: str, k: int) -> bool:
-        layout = layouts[name]
-        if layout.given:
-            # The rows of a text classifier are not fitted: the way to them is.
-            return all(torch.equal(before[p], after[p]) for p in _projections(plan, [name]) if p in before)
-        axis = layout.class_axes[0]
-        rows = layout.rows([k], layout.num_classes(before[name].shape) or 0, axis).to(before[name].device)
-        return torch.equal(before[name].index_select(axis, rows), after[name].index_select(axis, rows))
-
-    return {
-        name: tuple(plan.target[plan.space_of(name)].names[k] for k in classes if same(name, k))
-        for name, classes in new.items()
-    }

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .commands import adapt, doctor, explain, fit, plan, predict, run_existing
-from .engine import add_import_argument
 from .errors import HeadAdaptError
+from .launching import add_import_argument
 from .version import __version__
 
 DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."

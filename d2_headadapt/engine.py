@@ -5,74 +5,42 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import detectron2.engine.defaults
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, default_setup
-from detectron2.engine import default_argument_parser as stock_argument_parser
-from detectron2.engine import launch as stock_launch
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
-    COCOEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
-    DatasetEvaluators,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
     verify_results,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import load_config, registered_names, resolve_config
 from .doctor.running import examine_before_training
-from .errors import ConfigError, DatasetError, HeadAdaptError, PlanRefused
+from .errors import PlanRefused
+from .evaluators import build_evaluator as build_evaluator
 from .fit.training import FitHook
+from .launching import add_import_argument as add_import_argument
+from .launching import command as command
+from .launching import ddp_without_gpus
+from .launching import default_argument_parser as default_argument_parser
+from .launching import launch as launch
 from .report import plan_markdown
 from .selecting import freeze
 from .settings import AdaptSettings, attach_settings, with_keys
-from .tasks.data import settle_tasks
 from .tasks.mapper import build_task_test_loader, build_task_train_loader
 from .tasks.spec import task_specs
 from .tasks.watching import UntrainedHeads
 
 logger = logging.getLogger(__name__)
-
-
-def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """detectron2's parser with ``--import``."""
-    parser: argparse.ArgumentParser = stock_argument_parser(epilog)
-    add_import_argument(parser)
-    return parser
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """``--import MODULE_OR_FILE.py``, as often as needed."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE_OR_FILE.py",
-        help="a module or file that registers your own components; repeatable",
-    )
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -181,81 +149,6 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder)
 
 
-def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-    """The evaluator that a dataset's metadata asks for with ``evaluator_type``, and one for the tasks of the config.
-
-    Raises:
-        DatasetError: the dataset names no type, or one that neither detectron2 nor this package has an evaluator for.
-        ConfigError: the dataset has labels of tasks alone, and ``MODEL.TASKS`` is empty.
-    """
-    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    judge_tasks = _task_evaluators(cfg, dataset_name, folder)
-    sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-    build: dict[str, Callable[[], list[DatasetEvaluator]]] = {
-        "coco": lambda: [COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)],
-        "sem_seg": lambda: [SemSegEvaluator(dataset_name, output_dir=folder)],
-        "coco_panoptic_seg": lambda: [
-            SemSegEvaluator(dataset_name, output_dir=folder),
-            COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas),
-            COCOPanopticEvaluator(dataset_name, folder),
-        ],
-        "cityscapes_instance": lambda: [CityscapesInstanceEvaluator(dataset_name)],
-        "cityscapes_sem_seg": lambda: [CityscapesSemSegEvaluator(dataset_name)],
-        "pascal_voc": lambda: [PascalVOCDetectionEvaluator(dataset_name)],
-        "lvis": lambda: [LVISEvaluator(dataset_name, output_dir=folder)],
-        "tasks": list,
-    }
-    if kind not in build:
-        raise DatasetError(
-            f"dataset {dataset_name!r}",
-            expected=f"evaluator_type, one of {', '.join(build)}",
-            found=repr(kind),
-            fix=f"MetadataCatalog.get({dataset_name!r}).set(evaluator_type='coco', json_file=..., image_root=...)",
-        )
-    if kind == "tasks" and not judge_tasks:
-        raise ConfigError(
-            "MODEL.TASKS",
-            expected=f"a task to evaluate on dataset {dataset_name!r}, which has labels of tasks alone",
-            found="none",
-            fix='Declare one: MODEL: {TASKS: {colour: {"on": image}}}.',
-        )
-    # A model of whole images has no detections for the others.
-    images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"
-    evaluators = judge_tasks if images_alone else build[kind]() + judge_tasks
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
-
-
-def _task_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:
-    if not cfg.MODEL.get("TASKS"):
-        return []
-    # Here, because scikit-learn takes two seconds to import, which nobody without tasks should wait for.
-    from .tasks.evaluation import TaskEvaluator
-
-    settle_tasks(cfg, also=[dataset_name], registered_only=True)
-    specs = task_specs(cfg, registered_only=True)
-    return [TaskEvaluator(dataset_name, specs, folder)] if specs else []
-
-
-@contextmanager
-def ddp_without_gpus(device: str) -> Iterator[None]:
-    """Let stock code wrap CPU models for several processes: it passes ``device_ids``, which DDP refuses there."""
-    if device != "cpu":
-        yield
-        return
-
-    def on_cpu(model: nn.Module, **kwargs: Any) -> nn.Module:
-        wrapped: nn.Module = create_ddp_model(model, device_ids=None, **kwargs)
-        return wrapped
-
-    stock = detectron2.engine.defaults.create_ddp_model
-    detectron2.engine.defaults.create_ddp_model = on_cpu
-    try:
-        yield
-    finally:
-        detectron2.engine.defaults.create_ddp_model = stock
-
-
 def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool) -> None:
     """Raise where a model is to be evaluated although rows of it are as the constructor drew them.
 
@@ -293,59 +186,3 @@ def main(args: argparse.Namespace) -> Any:
     if cfg.TEST.AUG.ENABLED:
         trainer.register_hooks([EvalHook(0, lambda: Trainer.test_with_TTA(cfg, trainer.model))])
     return trainer.train()
-
-
-def command(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:
-    """:func:`launch`, with a user's mistake as one line on standard error and its exit code.
-
-    Returns:
-        The exit code: 0, or that of the error, also where it was met in a process that this one started.
-    """
-    try:
-        launch(partial(_said, run), args)
-    except HeadAdaptError as error:
-        return error.exit_code
-    except ProcessExitedException as exc:
-        return exc.exit_code
-    return 0
-
-
-def _said(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    try:
-        run(args)
-    except HeadAdaptError as error:
-        several = comm.get_world_size() > 1
-        print(f"{f'rank {comm.get_rank()}: ' if several else ''}error: {error}", file=sys.stderr, flush=True)
-        if several:
-            # A traceback from every process would bury the line.
-            sys.exit(error.exit_code)
-        raise
-
-
-def launch(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    """Run ``run(args)`` in every process that the command line asks for, also where torchrun started this one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _in_torchrun(run, args)
-    return stock_launch(
-        run,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
-
-
-def _in_torchrun(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> Any:
-    cuda = torch.cuda.is_available()
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    try:
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        result = run(args)
-        # Nobody tears the group down while another process still talks in it.
-        comm.synchronize()
-        return result
-    finally:
-        torch.distributed.destroy_process_group()

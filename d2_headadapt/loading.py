@@ -183,3 +183,17 @@ def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
             fix="Use a checkpoint of this architecture, or set MODEL.HEAD_ADAPT.MIN_COVERAGE "
             f"{max(0.0, plan.coverage - 0.01):.2f} to load it all the same.",
         )
+
+
+def has_foreign_hooks(model: nn.Module) -> bool:
+    """Whether a module that is neither torch's nor detectron2's takes part in loading, and so may raise half-way."""
+    known = ("torch.", "detectron2.", "d2_headadapt.")
+    return any(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or (
+            type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+            and not type(module)._load_from_state_dict.__module__.startswith(known)
+        )
+        for module in model.modules()
+    )

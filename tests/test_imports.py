@@ -30,7 +30,7 @@ moments ranks resuming
 predictor roi_heads text text.bundle text.problems text.preflight text.predictor text.nearest
 tasks.backbones tasks.dry_run tasks.pooling tasks.classifier
 tasks.metrics tasks.metric_files tasks.evaluation tasks.drawing tasks.watching
-loading checkpoint
+loading untrained checkpoint
 fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.rpn fit.dense fit.scores fit.text fit.boxes
 fit.masks
 fit.tasks fit.calm fit.entry fit.report fit.training fit
@@ -40,7 +40,7 @@ doctor.data_checks doctor.box_checks doctor.field_checks doctor.image_checks
 doctor.weights_checks doctor.resume_checks doctor.text_checks doctor.walking doctor.model_checks
 doctor.running doctor
 doctor.known_errors doctor.known_shapes doctor.known_messages doctor.explain
-engine adopting predicting exporting commands cli
+launching evaluators engine adopting predicting exporting commands cli
 __init__ __main__
 """
 

@@ -195,22 +195,23 @@ class TaskEvaluator(DatasetEvaluator):
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
             for ending, content in (("md", text), ("json", metrics_json(self._dataset, metrics, coverage))):
-                with PathManager.open(self._path(f"tasks.{ending}"), "w") as file:
+                with PathManager.open(self._path(self._output_dir, f"tasks.{ending}"), "w") as file:
                     file.write(content)
         if not self._output_dir and not has_event_storage():
             return
         for measured in metrics:
             picture = confusion_picture(measured)
             if self._output_dir:
-                with PathManager.open(self._path(f"confusion_{file_stem(measured.spec.name)}.png"), "wb") as file:
+                with PathManager.open(
+                    self._path(self._output_dir, f"confusion_{file_stem(measured.spec.name)}.png"), "wb"
+                ) as file:
                     Image.fromarray(picture).save(file, format="PNG")
             if has_event_storage():
                 name = f"confusion/{self._dataset}/{measured.spec.name}"
                 get_event_storage().put_image(name, picture.transpose(2, 0, 1))
 
-    def _path(self, name: str) -> str:
-        assert self._output_dir is not None
-        return os.path.join(self._output_dir, f"{file_stem(self._dataset)}_{name}")
+    def _path(self, folder: str, name: str) -> str:
+        return os.path.join(folder, f"{file_stem(self._dataset)}_{name}")
 
 
 def match_boxes(boxes: Array, instances: Instances, iou: float) -> torch.Tensor:

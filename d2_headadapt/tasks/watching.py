@@ -119,18 +119,18 @@ class UntrainedHeads(HookBase):
             del self._pending[name]
         if self._steps == 1:
             self._stop_listening()
-            self._say_first()
+            self._say_first(self._pending)
         elif self._promised.intersection(trained):
             now = sorted(self._promised.intersection(trained))
             logger.info("First gradient in iteration %d: %s", self.trainer.iter + 1, shorten(now, 12))
         if self._steps >= self._recheck:
-            self._say_last()
+            self._say_last(self._pending)
 
     def after_train(self) -> None:
         """Say what is left also where training ends earlier."""
         self._stop_listening()
         if self._pending and self._steps > 1 and self.trainer.iter >= self.trainer.max_iter:
-            self._say_last()
+            self._say_last(self._pending)
 
     def _model(self) -> nn.Module:
         model: nn.Module = self.trainer.model
@@ -141,17 +141,15 @@ class UntrainedHeads(HookBase):
             handle.remove()
         self._handles = []
 
-    def _say_first(self) -> None:
-        assert self._pending is not None
+    def _say_first(self, pending: Mapping[str, nn.Parameter]) -> None:
         last = min(self.trainer.iter + self._recheck, self.trainer.max_iter)
-        for found in find_untrained(self._model(), self._pending, self._called, self._specs):
+        for found in find_untrained(self._model(), pending, self._called, self._specs):
             if found.later:
                 self._promised.update(found.parameters)
             logger.warning("%s", found.line(self.trainer.iter + 1, last, comm.get_world_size()))
 
-    def _say_last(self) -> None:
-        assert self._pending is not None
-        left = {name: p for name, p in self._pending.items() if name in self._promised}
+    def _say_last(self, pending: Mapping[str, nn.Parameter]) -> None:
+        left = {name: p for name, p in pending.items() if name in self._promised}
         for found in find_untrained(self._model(), left, self._called, ()):
             logger.warning(
                 "%s got no gradient in %d iterations: %s. Parameters: %s.",
