@@ -23,6 +23,7 @@ from detectron2.structures import Boxes, pairwise_iou
 from helpers.commands import ROOT
 from helpers.fit import SETTINGS, scene, scenes, tiny_model
 from helpers.models import build_seeded, same_bits, state_of
+from helpers.real import fbnet_c4
 
 from d2_headadapt.errors import ConfigError, LayoutError
 from d2_headadapt.fit import FitHook, FitReport, FitSettings, fit_new_rows, mapper_at_test_size
@@ -431,13 +432,8 @@ def test_a_calm_that_cannot_work_names_its_key(keys: dict[str, Any]) -> None:
 
 def test_the_real_model_detects_blood_cells_before_its_first_iteration(real: Path) -> None:
     """A sixth of the training set, no class in common with COCO: stock starts at AP 0.4."""
-    sys.path.insert(0, str(real / "models"))
-    try:
-        import fbnet_c4
-    finally:
-        sys.path.remove(str(real / "models"))
     cfg = get_cfg()
-    fbnet_c4.add_fbnet_c4_config(cfg)
+    fbnet_c4(real).add_fbnet_c4_config(cfg)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
     model = build_seeded(cfg)
     DetectionCheckpointer(model).load(str(real / "models" / "fbnet_c4_coco.pth"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from detectron2.utils.logger import setup_logger
 from helpers.commands import cli, fresh_loggers
 from helpers.files import HEAD
 from helpers.models import build_seeded
+from helpers.real import fbnet_c4
 
 from d2_headadapt import HeadAdaptCheckpointer, add_headadapt_config, vocabulary
 from d2_headadapt.datasets import register_datasets
@@ -66,14 +65,6 @@ class Real:
 
 @pytest.fixture(scope="module")
 def material(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
-    spec = importlib.util.spec_from_file_location("fbnet_c4", real / "models" / "fbnet_c4.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.get("fbnet_c4")
-    if module is None:
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["fbnet_c4"] = module
-        spec.loader.exec_module(module)
     data = json.loads((real / "coco128" / "val.json").read_text())
     data["images"] = chosen_images(data)
     kept = {image["id"] for image in data["images"]}
@@ -92,7 +83,7 @@ def material(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
     register_datasets(
         [{"name": name, "json": str(folder / f"{name.rpartition('_')[2]}.json"), "images": images} for name in names]
     )
-    yield Real(module, str(real / "models" / "fbnet_c4_coco.pth"), *names)
+    yield Real(fbnet_c4(real), str(real / "models" / "fbnet_c4_coco.pth"), *names)
     for name in names:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 from helpers.files import HEAD
 from helpers.models import batch, build_seeded, detections, same_bits, state_of, stock_model, tiny_cfg, training_losses
+from helpers.real import fbnet_c4
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -377,17 +376,9 @@ def test_tasks_stand_on_the_same_regions(tmp_path: Path) -> None:
 
 
 def real_cfg(real: Path, classes: str | list[str], file: str, vocabulary: str) -> CfgNode:
-    spec = importlib.util.spec_from_file_location("fbnet_c4", real / "models" / "fbnet_c4.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules.get("fbnet_c4")
-    if module is None:
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["fbnet_c4"] = module
-        spec.loader.exec_module(module)
     cfg = get_cfg()
     add_headadapt_config(cfg)
-    module.add_fbnet_c4_config(cfg)
+    fbnet_c4(real).add_fbnet_c4_config(cfg)
     cfg.MODEL.ROI_HEADS.NAME = "HeadAdaptROIHeads"
     cfg.DATALOADER.NUM_WORKERS = 0
     node = cfg.MODEL.HEAD_ADAPT

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import nn
 
+from .anchors import solve_anchor_boxes
 from .images import ImageStream, View
 from .options import FitSettings, PartReport
 from .reservoir import Reservoir, sample_view
 from .rows import RowWriter, Solution
-from .rpn import CLUTTER, KEEP_BOX, KEEP_LOSS, OBJECT, inputs_of
+from .rpn import CLUTTER, OBJECT, inputs_of
 from .sharing import gathered, on_rank_zero
-from .solvers import Frame, Targets, choose_penalty, logistic_rows, ridge_rows
+from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows
 
 BYTES = 2**30
 CELLS_PER_VIEW = 256
@@ -218,28 +219,8 @@ def _solve_boxes(
     z = frame.apply(sample["box_x"])
     near = (sample["label"] >= 0) & (sample["label"] < k)
     old = frame.solution(weight.flatten(1).to(z.device), bias.to(z.device))
-    held, anchors = sample["held"], near.shape[1]
-    count = float(near.sum()) / anchors
-
-    def ridge(rows: torch.Tensor, penalty: float) -> torch.Tensor:
-        out = old.clone()
-        for i in range(anchors):
-            own, columns = rows & near[:, i], slice(4 * i, 4 * i + 4)
-            if own.any():
-                out[:, columns] = ridge_rows(
-                    z[own], sample["delta"][own, i], sample["weight"][own], penalty * count, old[:, columns]
-                )
-        return out
-
-    def error(solution: torch.Tensor) -> float:
-        found = (z[held] @ solution).view(-1, anchors, 4)
-        squares = ((found - sample["delta"][held]) ** 2).sum(2) * near[held]
-        return float(squares.sum() / near[held].sum().clamp(min=1))
-
-    penalty = settings.box_penalties[len(settings.box_penalties) // 2]
-    if held.any() and near[held].any():
-        penalty, _ = choose_penalty(settings.box_penalties, lambda p, _: ridge(~held, p), error, error(old), KEEP_BOX)
-    rows, intercepts = frame.rows(ridge(torch.ones_like(held), penalty))
+    boxes, penalty = solve_anchor_boxes(z, near, sample, sample["held"], old, settings)
+    rows, intercepts = frame.rows(boxes)
     return [
         Solution(f"{tensor}.weight", torch.arange(len(weight)), rows.reshape(weight.shape).cpu()),
         Solution(f"{tensor}.bias", torch.arange(len(bias)), intercepts.cpu()),

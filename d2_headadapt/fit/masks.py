@@ -19,9 +19,9 @@ from .images import ImageStream, View
 from .options import FitSettings, PartReport
 from .reservoir import Reservoir, sample_view
 from .rows import RowWriter, Solution
-from .rpn import KEEP_LOSS, inputs_of, proposals_of
+from .rpn import inputs_of, proposals_of
 from .sharing import gathered, on_rank_zero
-from .solvers import Frame, Targets, choose_penalty, logistic_rows
+from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows
 
 REGIONS_PER_VIEW, PIXELS_PER_REGION = 32, 48
 

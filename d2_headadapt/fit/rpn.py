@@ -15,17 +15,16 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, ImageList, pairwise_iou
 from torch import nn
 
+from .anchors import solve_anchor_boxes
 from .images import ImageStream, View
 from .options import FitSettings, PartReport
 from .reservoir import Reservoir, sample_view
 from .rows import RowWriter, Solution
 from .sharing import gathered, on_rank_zero, summed
-from .solvers import Frame, choose_penalty, logistic_rows, ridge_rows
+from .solvers import KEEP_LOSS, Frame, choose_penalty, logistic_rows
 
 OBJECT, CLUTTER = 1, 0
 """Strata: cells where some anchor is an object, and all others."""
-KEEP_LOSS, KEEP_BOX = 0.97, 0.9
-"""Share of the best held-out gain that a stronger penalty must keep, for classifiers and for box regressors."""
 CELLS_PER_VIEW = 512
 
 
@@ -165,30 +164,8 @@ def solve(
     chosen["objectness_logits"] = penalty
     logits = frame.rows(objectness(everything, penalty, None))
 
-    old = frame.solution(*deltas)
-    a = label.shape[1]
-    count = float(label.sum()) / a
-
-    def ridge(rows: torch.Tensor, penalty: float) -> torch.Tensor:
-        out = old.clone()
-        for i in range(a):
-            own = rows & (label[:, i] > 0)
-            if own.any():
-                columns = slice(4 * i, 4 * i + 4)
-                ones = sample["weight"].to(z)[own]
-                out[:, columns] = ridge_rows(z[own], sample["delta"][own, i], ones, penalty * count, old[:, columns])
-        return out
-
-    def error(solution: torch.Tensor) -> float:
-        found = (z[held] @ solution).view(-1, a, 4)
-        squares = ((found - sample["delta"][held]) ** 2).sum(2) * label[held]
-        return float(squares.sum() / label[held].sum().clamp(min=1))
-
-    penalty = settings.box_penalties[len(settings.box_penalties) // 2]
-    if held.any():
-        penalty, _ = choose_penalty(settings.box_penalties, lambda p, _: ridge(~held, p), error, error(old), KEEP_BOX)
-    chosen["anchor_deltas"] = penalty
-    return logits, frame.rows(ridge(everything, penalty)), chosen
+    boxes, chosen["anchor_deltas"] = solve_anchor_boxes(z, label > 0, sample, held, frame.solution(*deltas), settings)
+    return logits, frame.rows(boxes), chosen
 
 
 def fit_rpn(

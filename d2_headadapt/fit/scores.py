@@ -16,8 +16,7 @@ import torch.nn.functional as F
 
 from .options import FitSettings
 from .rows import RowWriter, Solution
-from .rpn import KEEP_BOX, KEEP_LOSS
-from .solvers import CHUNK, Frame, Targets, choose_penalty, logistic_rows, ridge_rows, softmax_rows
+from .solvers import CHUNK, KEEP_BOX, KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows, ridge_rows, softmax_rows
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+KEEP_LOSS, KEEP_BOX = 0.97, 0.9
+"""Share of the best held-out gain that a stronger penalty must keep: classifiers, and box regressors."""
 CHUNK = 16384
 """Regions at once: bounds what the logits of 1,203 classes take."""
 

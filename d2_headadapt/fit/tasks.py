@@ -22,10 +22,9 @@ from .images import ImageStream, View
 from .options import FitSettings, PartReport
 from .reservoir import Reservoir
 from .rows import RowWriter, Solution
-from .rpn import KEEP_LOSS
 from .scores import held_out_loss
 from .sharing import gathered, on_rank_zero
-from .solvers import Frame, Targets, choose_penalty, logistic_rows, softmax_rows
+from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows, softmax_rows
 
 BYTES = 2**30
 WIDEST = 8192

@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from ..text.predictor import TextClassifier
 from .options import FitSettings
 from .rows import RowWriter, Solution
-from .rpn import KEEP_LOSS
 from .scores import ScoreSolution
-from .solvers import CHUNK, Frame, choose_penalty, whitening
+from .solvers import CHUNK, KEEP_LOSS, Frame, choose_penalty, whitening
 
 STEPS = 40
 """Of L-BFGS: on coco128 (penalty 0.03, temperature 50) the loss was 1.07 after 10 and 0.48 after 30."""
