@@ -24,6 +24,7 @@ from ..errors import CheckpointFileError
 from . import safetensor_files, torchfile, torchzip
 from .pickle_machine import DAMAGED
 from .saving import existing_output as existing_output
+from .saving import replace_file as replace_file
 from .saving import write_checkpoint as write_checkpoint
 from .saving import write_text as write_text
 from .unpickling import SafeUnpickler, trusted
@@ -63,6 +64,15 @@ def read_checkpoint(path: str, *, trust: bool = False, verify: bool = True, mmap
 
     Raises:
         CheckpointFileError: it cannot be read.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from d2_headadapt.files import read_checkpoint
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> torch.save({"fc.bias": torch.ones(2)}, f"{folder.name}/bare.pth")
+        >>> read_checkpoint(f"{folder.name}/bare.pth", mmap=False)
+        {'model': {'fc.bias': tensor([1., 1.])}}
+        >>> folder.cleanup()
     """
     kind, loaded = _read(path, trust=trust, mapped=mmap)
     checkpoint = _stock_form(path, kind, loaded)

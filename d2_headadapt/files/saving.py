@@ -59,7 +59,7 @@ def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
                 found = f"{type(value).__name__} under {str(name)[:80]!r}"
                 _refuse(path, "names and tensors in 'model'", found, "Save it as .pth.")
         provenance = checkpoint.get("d2_headadapt")
-        _replace(path, lambda temporary: safetensor_files.write(temporary, model, provenance))
+        replace_file(path, lambda temporary: safetensor_files.write(temporary, model, provenance))
         return [key for key in checkpoint if key not in ("model", "d2_headadapt")]
     content = {**checkpoint, "model": model}
 
@@ -68,7 +68,7 @@ def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
         with open(temporary, "wb") as file:
             torch.save(content, file)
 
-    _replace(path, write)
+    replace_file(path, write)
     return []
 
 
@@ -79,23 +79,24 @@ def write_text(path: str, text: str) -> None:
         with open(temporary, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
 
-    _replace(path, write)
+    replace_file(path, write)
 
 
-def existing_output(path: str, *, force: bool, inputs: Sequence[str]) -> None:
+def existing_output(path: str, *, force: bool, inputs: Sequence[str], endings: Sequence[str] = EXTENSIONS) -> None:
     """Refuse an output that would overwrite something, or that nothing could read.
 
     Args:
         path: what would be written.
         force: an existing file may be replaced.
         inputs: files that are being read; the output may be none of them, whatever ``force`` says.
+        endings: that its name may have; those of a checkpoint by default.
 
     Raises:
         CheckpointFileError: with what to type instead.
     """
     folder = os.path.dirname(path) or "."
-    if not path.endswith(EXTENSIONS):
-        _refuse(path, f"a file name that ends in {' or '.join(EXTENSIONS)}", "another ending", "Rename the output.")
+    if not path.endswith(tuple(endings)):
+        _refuse(path, f"a file name that ends in {' or '.join(endings)}", "another ending", "Rename the output.")
     if not os.path.isdir(folder):
         _refuse(path, "an existing output folder", f"no folder {folder!r}", f"Make it first: mkdir -p {folder}")
     if os.path.isdir(path):
@@ -122,7 +123,16 @@ def _as_tensor(value: Any) -> Any:
     return value
 
 
-def _replace(path: str, write: Callable[[str], None]) -> None:
+def replace_file(path: str, write: Callable[[str], None]) -> None:
+    """Put what ``write`` writes in the place of ``path``, whole or not at all.
+
+    Args:
+        path: a local path; a file that is there keeps its mode.
+        write: called with the name of a temporary file in the same folder.
+
+    Raises:
+        CheckpointFileError: it cannot be written; the file that was there before is unchanged.
+    """
     # Through a link: the file it points to is what the user means to replace.
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
