@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from .commands import adapt, doctor, explain, fit, plan, predict, run_existing
+from .commands import adapt, doctor, explain, export, fit, plan, predict, run_existing, train
 from .errors import HeadAdaptError
-from .launching import add_import_argument
+from .exporting import ENDINGS
+from .launching import add_import_argument, default_argument_parser
+from .lazy.words import lazy_words
 from .version import __version__
 
 DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."
@@ -17,13 +19,31 @@ EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line i
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = build_parser().parse_args(argv)
+    words, script = split_script(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(words, argparse.Namespace(script=script))
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        return run(args)
+        with lazy_words(getattr(args, "config_file", "")):
+            return run(args)
     except HeadAdaptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def split_script(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the words of ``run`` before the script, or its ``-m``; argparse would look for options behind it too.
+
+    Returns:
+        What the parser of the command reads, and the script with its arguments; empty for other commands.
+    """
+    words = list(argv)
+    if words[:1] != ["run"]:
+        return words, []
+    taken = {"--import": 1, "--set": 2}
+    i = 1
+    while i < len(words) and words[i].startswith("-") and words[i] != "-m":
+        i += 1 + taken.get(words[i], 0)
+    return words[:i], words[i:]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="also write the fit's report as JSON; - for standard output")
     command.set_defaults(run=fit)
 
+    stock = default_argument_parser()
+    command = commands.add_parser(
+        "train",
+        help="train or evaluate, as tools/train_net.py does",
+        parents=[stock],
+        add_help=False,
+        epilog="The options are those of detectron2's own train_net.py.",
+    )
+    command.set_defaults(run=train)
+
     command = commands.add_parser(
         "doctor",
         help="find mistakes in config, datasets, weights and model before any training; changes nothing",
@@ -83,10 +113,29 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=predict)
 
     command = commands.add_parser(
+        "export", help="write the model as TorchScript or ONNX, once its outputs were compared", epilog=EPILOG
+    )
+    _add_common(command)
+    command.add_argument(
+        "--format", required=True, choices=list(ENDINGS), help="TorchScript by tracing or by scripting, or ONNX"
+    )
+    command.add_argument("--output", metavar="FILE", required=True, help="the new file, .ts, .pt or .onnx")
+    command.add_argument("--force", action="store_true", help="replace an existing output")
+    command.add_argument(
+        "--image",
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="images, or folders of images, to compare on; drawn ones are always compared too",
+    )
+    command.set_defaults(run=export)
+
+    command = commands.add_parser(
         "run",
         help="run an existing detectron2 script, unmodified, with class-by-class loading",
         usage="d2-headadapt run [options] SCRIPT ARGS... | d2-headadapt run [options] -m MODULE ARGS...",
         epilog="Options stand before SCRIPT; everything after it is the script's.",
+        allow_abbrev=False,
     )
     add_import_argument(command)
     command.add_argument("--fit", action="store_true", help="DefaultTrainer solves new rows before its first iteration")
@@ -100,10 +149,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("KEY", "VALUE"),
         help="a default of the script's config, such as MODEL.HEAD_ADAPT.SOURCE_CLASSES coco; repeatable",
     )
-    command.add_argument(
-        "-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help="a module in place of SCRIPT"
-    )
-    command.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT", help="and its arguments")
     command.set_defaults(run=run_existing)
     return parser
 
@@ -114,7 +159,9 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config-file", default="", metavar="FILE", help="a detectron2 yaml")
+    command.add_argument("--config-file", default="", metavar="FILE", help="a detectron2 yaml or LazyConfig")
     command.add_argument("--weights", metavar="FILE", help="the checkpoint; MODEL.WEIGHTS by default")
     add_import_argument(command)
-    command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    command.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides; key=value of a LazyConfig"
+    )

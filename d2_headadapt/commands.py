@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from .adopting import Adoption, run_script
 from .checkpoint import HeadAdaptCheckpointer
 from .configuring import build_on_meta as build_on_meta
-from .configuring import load_config, registered_names, resolve_config
 from .doctor.explain import explanation_text
 from .doctor.running import checks_markdown, examine, report_json, report_text
-from .engine import refuse_new_rows
+from .engine import command, refuse_new_rows
+from .engine import main as train_yaml
 from .errors import UsageError
+from .exporting import ENDINGS, export_lines, export_predictor, write_bytes
 from .files import existing_output, write_checkpoint, write_text
 from .fit import (
     FitReport,
@@ -28,23 +29,23 @@ from .fit import (
     fit_json,
     fit_lines,
     fit_new_rows,
-    mapper_at_test_size,
-    training_dicts,
 )
+from .lazy.training import main as train_lazy
+from .lazy.words import is_lazy_file
 from .loading import check_exists, plan_file, refuse_plan
 from .predicting import Predictor, image_files, name_classes, predict_files, provenance_of
-from .provenance import KEY
+from .provenance import KEY, Provenance
+from .recipes import Recipe, read_recipe
 from .report import plan_json, plan_table, summary_line
 from .report_html import plan_html
-from .settings import AdaptSettings, attach_settings
 
 
 def plan(args: argparse.Namespace) -> int:
     """Print what loading would do. Reads names and shapes, not values."""
-    cfg, settings = _configure(args)
-    path = _weights(args, cfg)
+    recipe = _configure(args)
+    path, settings = _weights(args, recipe.config), recipe.settings
     _check_reports([args.json, args.html], [path])
-    made = plan_file(path, build_on_meta(cfg), settings)
+    made = plan_file(path, recipe.build_on_meta(), settings)
     _print_or_write(plan_table(made, every_tensor=args.all), plan_json(made), args.json)
     if args.html:
         notes = [f"Checkpoint: {path}", f"Config: {args.config_file or 'the defaults of detectron2'}"]
@@ -84,30 +85,34 @@ def _print_or_write(text: str, as_json: str, path: str | None) -> None:
 
 def adapt(args: argparse.Namespace) -> int:
     """Write an adapted checkpoint: the model and its provenance."""
-    cfg, settings = _configure(args)
-    checkpointer, left_out = _load(args, cfg, settings)
+    checkpointer, left_out = _load(args, _configure(args))
     _write(args.output, checkpointer, left_out)
     return 0
 
 
 def fit(args: argparse.Namespace) -> int:
     """Write an adapted checkpoint whose new rows are solved on the training images, on ``MODEL.DEVICE``."""
-    cfg, settings = _configure(args, reads_labels=True)
-    how = FitSettings.from_config(cfg)
-    _check_reports([args.json], [_weights(args, cfg), args.output])
-    checkpointer, left_out = _load(args, cfg, settings)
+    recipe = _configure(args, reads_labels=True)
+    how = FitSettings.from_config(recipe.config)
+    _check_reports([args.json], [_weights(args, recipe.config), args.output])
+    checkpointer, left_out = _load(args, recipe)
     made = checkpointer.plan
     tables, new = made.target if made is not None else {}, checkpointer.rows_to_fit()
     report, text = FitReport(), "no row is new: nothing to fit"
     if new:
         with checkpointer.fitted_rows():
             report = fit_new_rows(
-                checkpointer.model, training_dicts(cfg), mapper_at_test_size(cfg), new=new, settings=how
+                checkpointer.model, recipe.training_dicts(), recipe.mapper_at_test_size(), new=new, settings=how
             )
         text = fit_lines(report, tables)
     _print_or_write(text, fit_json(report, tables, checkpointer.untrained), args.json)
     _write(args.output, checkpointer, left_out)
     return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """What ``tools/train_net.py`` does, and with a ``.py`` config ``tools/lazyconfig_train_net.py``."""
+    return command(train_lazy if is_lazy_file(args.config_file) else train_yaml, args)
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -121,15 +126,13 @@ def doctor(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
-def _load(args: argparse.Namespace, cfg: CfgNode, settings: AdaptSettings) -> tuple[HeadAdaptCheckpointer, list[str]]:
+def _load(args: argparse.Namespace, recipe: Recipe) -> tuple[HeadAdaptCheckpointer, list[str]]:
     """The model of a config with the checkpoint loaded into it, and what of the file has no place in an output."""
-    path = _weights(args, cfg)
+    path = _weights(args, recipe.config)
     existing_output(args.output, force=args.force, inputs=[path.partition("?")[0]])
     # New rows are drawn by the model's constructor: the same command writes the same file.
-    seed_all_rng(max(cfg.SEED, 0))
-    with registered_names():
-        model = build_model(cfg)
-    attach_settings(model, settings)
+    seed_all_rng(max(recipe.config.SEED, 0))
+    model = recipe.build()
     checkpointer = HeadAdaptCheckpointer(model)
     left = checkpointer.load(path, checkpointables=[])
     if checkpointer.plan is not None:
@@ -146,23 +149,25 @@ def _write(output: str, checkpointer: HeadAdaptCheckpointer, left_out: Sequence[
     print(f"wrote {output}")
 
 
-def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> tuple[CfgNode, AdaptSettings]:
-    """The config and its settings; who reads the labels of ``DATASETS.TRAIN`` also runs the model, on its device."""
+def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> Recipe:
+    """The recipe of a config; who reads the labels of ``DATASETS.TRAIN`` also runs the model, on its device."""
     setup_logger(name="d2_headadapt")
-    cfg = load_config(args.config_file, args.opts, args.imports)
-    if not reads_labels:
-        cfg.MODEL.DEVICE = "cpu"
-    elif not cfg.DATASETS.TRAIN:
-        raise UsageError(
-            "DATASETS.TRAIN",
-            expected="a dataset to fit new rows on",
-            found="none",
-            fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
-        )
-    else:
-        # Nothing is evaluated, so test sets need not be there.
-        cfg.DATASETS.TEST = ()
-    return cfg, resolve_config(cfg, reads_labels=reads_labels)
+
+    def change(cfg: CfgNode) -> None:
+        if not reads_labels:
+            cfg.MODEL.DEVICE = "cpu"
+        elif not cfg.DATASETS.TRAIN:
+            raise UsageError(
+                "DATASETS.TRAIN",
+                expected="a dataset to fit new rows on",
+                found="none",
+                fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+            )
+        else:
+            # Nothing is evaluated, so test sets need not be there.
+            cfg.DATASETS.TEST = ()
+
+    return read_recipe(args.config_file, args.opts, args.imports, reads_labels=reads_labels, change=change)
 
 
 def _weights(args: argparse.Namespace, cfg: CfgNode) -> str:
@@ -178,29 +183,59 @@ def _weights(args: argparse.Namespace, cfg: CfgNode) -> str:
 def predict(args: argparse.Namespace) -> int:
     """Write what a model says of images: ``predictions.json`` and a picture for each."""
     setup_logger(name="d2_headadapt")
-    cfg = load_config(args.config_file, args.opts, args.imports)
-    weights, files = _weights(args, cfg), image_files(args.images)
-    known = provenance_of(weights, cfg.MODEL.HEAD_ADAPT.TRUST_FILE)
-    name_classes(cfg, known)
-    predictor = Predictor(cfg, resolve_config(cfg, reads_labels=False), weights, known)
-    refuse_new_rows(predictor.checkpointer, cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
+    files = image_files(args.images)
+    predictor, _ = _predictor(args)
     for line in predict_files(predictor, files, Path(args.output), args.least_score):
         print(line)
     print(f"wrote {args.output}")
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """Write a TorchScript or ONNX file whose outputs were compared with the model's."""
+    setup_logger(name="d2_headadapt")
+    files = image_files(args.image)
+
+    def check(path: str) -> None:
+        inputs = [path.partition("?")[0], *map(str, files)]
+        existing_output(args.output, force=args.force, inputs=inputs, endings=ENDINGS[args.format])
+
+    predictor, path = _predictor(args, check, device="cpu")
+    print(f"exporting {type(predictor.model).__name__} as {args.format}, and comparing it with eager")
+    made = export_predictor(predictor, args.format, files)
+    print(export_lines(made, checkpoint_bytes=os.path.getsize(PathManager.get_local_path(path.partition("?")[0]))))
+    write_bytes(args.output, made.content)
+    print(f"wrote {args.output}")
+    return 0
+
+
+def _predictor(
+    args: argparse.Namespace, check: Callable[[str], None] = lambda path: None, device: str | None = None
+) -> tuple[Predictor, str]:
+    """A model whose classes its checkpoint names, and that checkpoint, which ``check`` may refuse before it is read."""
+    found: list[tuple[str, Provenance]] = []
+
+    def change(cfg: CfgNode) -> None:
+        path = _weights(args, cfg)
+        check(path)
+        found.append((path, provenance_of(path, cfg.MODEL.HEAD_ADAPT.TRUST_FILE)))
+        name_classes(cfg, found[0][1])
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+
+    predictor = Predictor(read_recipe(args.config_file, args.opts, args.imports, change=change), *found[0])
+    refuse_new_rows(predictor.checkpointer, predictor.cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
+    return predictor, found[0][0]
+
+
 def run_existing(args: argparse.Namespace) -> int:
     """Run somebody's own script with this package in place."""
-    command = ["-m", *args.module] if args.module else args.script
-    if not command or command == ["-m"]:
+    if not args.script or args.script == ["-m"]:
         raise UsageError(
             "d2-headadapt run",
             expected="a script",
             found="none",
             fix="Type: d2-headadapt run train_net.py ...",
         )
-    setup_logger(name="d2_headadapt")
     opts = [word for pair in args.opts for word in pair]
-    run_script(command, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads))
+    run_script(args.script, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads))
     return 0

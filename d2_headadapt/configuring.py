@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,18 +37,29 @@ class PathAwareCfgNode(CfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
-        _refuse_duplicate_tasks(filename)
-        datasets = loaded.get("DATASETS")
-        entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
-        if isinstance(datasets, dict) and isinstance(entries, (list, tuple)):
-            # Entries of a base file are absolute by now: it came through here first.
-            folder = os.path.dirname(os.path.abspath(filename))
-            datasets["REGISTER"] = absolute_entries(entries, folder)
-        tasks = (loaded.get("MODEL") or {}).get("TASKS") if isinstance(loaded.get("MODEL"), dict) else None
-        for task in tasks.values() if isinstance(tasks, dict) else ():
-            if isinstance(task, dict) and True in task:
-                task["on"] = task.pop(True)  # A bare `on` is a truth value in YAML 1.1.
+        settle_yaml(loaded, filename)
         return loaded
+
+
+def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
+    """What a yaml says in its own place: paths of ``DATASETS.REGISTER`` become absolute, a task's ``on`` a string.
+
+    Args:
+        loaded: its content, with that of its base files, which came through here first; changed in place.
+        filename: the yaml.
+
+    Raises:
+        ConfigError: a task, or a key of a task, that is there twice.
+    """
+    _refuse_duplicate_tasks(filename)
+    datasets = loaded.get("DATASETS")
+    entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
+    if isinstance(datasets, dict) and isinstance(entries, (list, tuple)):
+        datasets["REGISTER"] = absolute_entries(entries, os.path.dirname(os.path.abspath(filename)))
+    tasks = (loaded.get("MODEL") or {}).get("TASKS") if isinstance(loaded.get("MODEL"), dict) else None
+    for task in tasks.values() if isinstance(tasks, dict) else ():
+        if isinstance(task, dict) and True in task:
+            task["on"] = task.pop(True)  # A bare `on` is a truth value in YAML 1.1.
 
 
 def _refuse_duplicate_tasks(filename: str) -> None:
@@ -96,7 +108,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
         # The whole tree in one type, because yacs refuses to merge nodes of two.
         reader = PathAwareCfgNode(cfg)
         reader.MODEL.TASKS.set_new_allowed(True)  # Which a copy forgets.
-        _merge(reader, config_file, lambda: reader.merge_from_file(config_file))
+        merge(reader, config_file, lambda: reader.merge_from_file(config_file))
         cfg = CfgNode(reader)
         cfg.MODEL.TASKS.set_new_allowed(True)
     complete_tasks(cfg)
@@ -105,7 +117,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
             "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."
         )
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        _merge(cfg, "command line", lambda key=key, value=value: cfg.merge_from_list([key, value]))
+        merge(cfg, "command line", partial(cfg.merge_from_list, [key, value]))
     cfg.DATASETS.REGISTER = absolute_entries(cfg.DATASETS.REGISTER, os.getcwd())
     return cfg
 
@@ -123,13 +135,36 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
     Raises:
         HeadAdaptError: a dataset, class table or key that cannot be used.
     """
+    settings = settle_config(cfg, reads_labels=reads_labels)
+    for line in apply_num_classes(cfg, settings.target):
+        logger.info(line)
+    if settle_device(cfg.MODEL.DEVICE, "MODEL.DEVICE") == "cpu":
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return settings
+
+
+def settle_config(
+    cfg: CfgNode, *, reads_labels: bool = True, registered_only: bool = False, region_width: int | None = None
+) -> AdaptSettings:
+    """Register datasets and settle the class tables and tasks; nothing of the model is written.
+
+    Args:
+        cfg: not frozen.
+        reads_labels: see :func:`resolve_config`.
+        registered_only: a training set that is not registered leaves its classes unknown.
+        region_width: C of the region features, where it is known.
+
+    Raises:
+        HeadAdaptError: a dataset, class table or key that cannot be used.
+    """
     register_datasets(cfg.DATASETS.REGISTER)
     check_tasks(cfg)
-    settle_tasks(cfg, registered_only=not reads_labels)
+    settle_tasks(cfg, registered_only=registered_only or not reads_labels)
     say_unused_tasks(cfg)
     named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
-    settings = AdaptSettings.from_config(cfg, registered_only=bool(named) and not reads_labels)
+    settings = AdaptSettings.from_config(cfg, registered_only=registered_only or (bool(named) and not reads_labels))
     for space in named if not reads_labels else ():
         _say_what_wins(cfg, settings.target[space], space)
     if reads_labels:
@@ -138,15 +173,17 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
                 if dataset_table(name, space) is not None:
                     which = "DATASETS.TRAIN" if name in cfg.DATASETS.TRAIN else "DATASETS.TEST"
                     check_same_classes(table, name, space, which)
-    for line in apply_num_classes(cfg, settings.target):
-        logger.info(line)
-    for problem in refuse_text(cfg, settings.target.get("thing")):
+    for problem in refuse_text(cfg, settings.target.get("thing"), region_width=region_width):
         logger.warning("%s", problem.error())
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.info("MODEL.DEVICE is %s, but this machine has no CUDA: running on the CPU.", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
-    cfg.freeze()
     return settings
+
+
+def settle_device(device: str, key: str) -> str:
+    """``device``, or ``cpu`` in place of a GPU on a machine without one, which is said."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    logger.info("%s is %s, but this machine has no CUDA: running on the CPU.", key, device)
+    return "cpu"
 
 
 def _say_what_wins(cfg: CfgNode, target: ClassTable, space: str) -> None:
@@ -195,9 +232,16 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def _merge(cfg: CfgNode, where: str, merge: Any) -> None:
+def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
+    """Call ``do``, which merges something into ``cfg``, and turn what yacs raises into a message.
+
+    Raises:
+        ConfigError: with the place ``where``.
+    """
     try:
-        merge()
+        do()
+    except ConfigError:
+        raise  # A message already, of the reader; it is a ValueError as yacs's are.
     except (KeyError, AssertionError) as exc:
         # yacs says "Non-existent config key: A.B.C", and "Non-existent key: A.B.C" with another type.
         start, _, key = str(exc.args[0] if exc.args else "").rpartition("key: ")

@@ -17,6 +17,7 @@ from detectron2.evaluation import (
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -113,27 +114,13 @@ class Trainer(DefaultTrainer):
         Args:
             resume: go on with the run of ``OUTPUT_DIR``, its iteration, optimizer and scheduler.
         """
-        weights, last = self.cfg.MODEL.WEIGHTS, self.checkpointer.get_checkpoint_file() if resume else ""
-        if last and weights and weights != last:
-            logger.info(
-                "Going on from %s, the last checkpoint of OUTPUT_DIR; MODEL.WEIGHTS %s is not read.", last, weights
-            )
+        say_what_is_read(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
         super().resume_or_load(resume)
-        if self.start_iter >= self.max_iter:
-            logger.warning(
-                "Nothing is left to train: %d of SOLVER.MAX_ITER %d iterations are done. Set SOLVER.MAX_ITER higher.",
-                self.start_iter,
-                self.max_iter,
-            )
+        say_what_is_left(self.start_iter, self.max_iter)
 
     def before_train(self) -> None:
         super().before_train()
-        plan = self.checkpointer.plan
-        if plan is not None and comm.is_main_process():
-            # What happened to the weights belongs to the run's record, where people look at its curves.
-            self.storage.put_scalar("head_adapt/coverage", plan.coverage, smoothing_hint=False)
-            with SummaryWriter(self.cfg.OUTPUT_DIR) as writer:
-                writer.add_text("head_adapt/plan", plan_markdown(plan), self.start_iter)
+        record_plan(self.checkpointer, self.storage, self.start_iter)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -147,6 +134,32 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name, output_folder)
+
+
+def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: bool) -> None:
+    """One line where a run goes on from its own checkpoint and the config names another file."""
+    last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
+    if last and weights and weights != last:
+        logger.info("Going on from %s, the last checkpoint of OUTPUT_DIR; MODEL.WEIGHTS %s is not read.", last, weights)
+
+
+def say_what_is_left(done: int, wanted: int) -> None:
+    """One line where a run has done its iterations already."""
+    if done >= wanted:
+        logger.warning(
+            "Nothing is left to train: %d of SOLVER.MAX_ITER %d iterations are done. Set SOLVER.MAX_ITER higher.",
+            done,
+            wanted,
+        )
+
+
+def record_plan(checkpointer: HeadAdaptCheckpointer, storage: EventStorage, iteration: int) -> None:
+    """Put what happened to the weights into the run's record, where people look at its curves."""
+    plan = checkpointer.plan
+    if plan is not None and comm.is_main_process():
+        storage.put_scalar("head_adapt/coverage", plan.coverage, smoothing_hint=False)
+        with SummaryWriter(checkpointer.save_dir) as writer:
+            writer.add_text("head_adapt/plan", plan_markdown(plan), iteration)
 
 
 def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
@@ -28,11 +26,10 @@ from tqdm import tqdm
 
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import ClassTable
-from .configuring import registered_names
 from .errors import DatasetError
 from .files import read_checkpoint, write_text
 from .provenance import KEY, Provenance
-from .settings import AdaptSettings, apply_num_classes, attach_settings
+from .recipes import Recipe
 from .tasks.drawing import draw_tasks
 from .tasks.spec import TaskSpec, task_specs
 
@@ -43,8 +40,7 @@ class Predictor:
     """A model with the names that its checkpoint was saved with.
 
     Args:
-        cfg: resolved, as :func:`d2_headadapt.configuring.resolve_config` leaves it.
-        settings: of the config; classes that it does not know come from the file.
+        recipe: of the model; classes that its settings do not know come from the file.
         weights: the checkpoint.
         known: what the checkpoint says about itself.
 
@@ -52,37 +48,32 @@ class Predictor:
         HeadAdaptError: the file cannot be used with the model.
     """
 
-    def __init__(self, cfg: CfgNode, settings: AdaptSettings, weights: str, known: Provenance) -> None:
-        target = {**known.tables, **settings.target}
-        self.cfg = cfg = cfg.clone()
-        cfg.defrost()
-        apply_num_classes(cfg, target)
-        cfg.freeze()
-        with registered_names():
-            self.model: nn.Module = build_model(cfg)
-        attach_settings(self.model, replace(settings, target=target))
+    def __init__(self, recipe: Recipe, weights: str, known: Provenance) -> None:
+        recipe = recipe.with_tables(known.tables)
+        self.cfg = recipe.config
+        self.model: nn.Module = recipe.build()
         self.checkpointer = HeadAdaptCheckpointer(self.model)
         self.checkpointer.load(weights, checkpointables=[])
         self.model.eval()
         plan = self.checkpointer.plan
-        self.tables: Mapping[str, ClassTable] = plan.target if plan is not None else target
-        self.specs: tuple[TaskSpec, ...] = task_specs(cfg, registered_only=True)
+        self.tables: Mapping[str, ClassTable] = plan.target if plan is not None else recipe.settings.target
+        self.specs: tuple[TaskSpec, ...] = task_specs(self.cfg, registered_only=True)
         things = self.tables.get("thing")
         self.metadata = Metadata(thing_classes=list(things.names)) if things is not None else None
-        size = cfg.INPUT.MIN_SIZE_TEST
-        self._resize = T.AugmentationList(
-            [T.ResizeShortestEdge([size, size], cfg.INPUT.MAX_SIZE_TEST)] if size else [T.NoOpTransform()]
-        )
+        self.resize = T.AugmentationList(recipe.test_augmentations())
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> dict[str, Any]:
         """The model's output for one image (H, W, 3) in ``INPUT.FORMAT``; boxes are in its pixels."""
         height, width = image.shape[:2]
-        seen = T.AugInput(image)
-        self._resize(seen)
-        tensor = torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)), dtype=torch.float32)
-        outputs: list[dict[str, Any]] = self.model([{"image": tensor, "height": height, "width": width}])
+        outputs: list[dict[str, Any]] = self.model([{"image": self.seen(image), "height": height, "width": width}])
         return outputs[0]
+
+    def seen(self, image: NDArray[np.uint8]) -> torch.Tensor:
+        """What the model sees of an image (H, W, 3): (3, height, width) float32, resized as a test image is."""
+        seen = T.AugInput(image)
+        self.resize(seen)
+        return torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)), dtype=torch.float32)
 
     def describe(self, output: Mapping[str, Any], least_score: float) -> dict[str, Any]:
         """An output in plain types: ``detections`` with box (x0, y0, x1, y1), score, class and tasks, and ``tasks``."""

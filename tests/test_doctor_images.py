@@ -1,4 +1,4 @@
-"""HA231 to HA236: image files that are missing, damaged, of another size, turned, or in train and test."""
+"""HA231 to HA237: image files that are missing, damaged, of another size, turned, or in train and test."""
 
 from __future__ import annotations
 
@@ -192,16 +192,18 @@ def test_a_file_of_the_same_length_is_no_copy(tmp_path: Path) -> None:
     assert codes(data_report(registered_context(tmp_path, train, test))) == []
 
 
-def test_images_at_an_address_are_left_alone(tmp_path: Path) -> None:
+def test_images_at_an_address_are_left_alone_and_that_is_said(tmp_path: Path) -> None:
     path = write_wide(tmp_path, "set")
     register_coco_instances("far", {}, str(path), "s3://bucket/images")
     context = DoctorContext("", ["DATASETS.TRAIN", "('far',)", "MODEL.MASK_ON", "False"])
-    assert codes(data_report(context)) == []
+    found = one_of(data_report(context), "HA237")
+    assert codes(data_report(context)) == ["HA237"] and found.severity == "note"
+    assert "s3://bucket/images/0.png" in found.found
 
 
 def test_no_image_is_read_in_a_quick_run() -> None:
     """The trainer runs the quick checks before every training."""
-    reads = ("HA232", "HA233", "HA234", "HA236")
+    reads = ("HA232", "HA233", "HA234", "HA236", "HA237")
     assert [code for code in sorted(CHECKS) if "HA230" < code < "HA240" and not CHECKS[code].quick] == list(reads)
 
 

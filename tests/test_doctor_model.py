@@ -287,8 +287,12 @@ def test_a_large_model_is_not_run_and_that_is_said(monkeypatch: pytest.MonkeyPat
 def test_a_model_that_does_not_build_is_an_error_and_the_rest_is_not_run() -> None:
     (finding,) = findings(changed(META_ARCHITECTURE="FailsToBuild"), not_run=("HA502", "HA503", "HA504"))
     assert finding.code == "HA501" and "the constructor's own words" in finding.found
-    (finding,) = findings(changed(META_ARCHITECTURE="GeneralisedRCNN"), not_run=("HA502", "HA503", "HA504"))
-    assert finding.code == "HA501" and "'GeneralisedRCNN'" in finding.found
+
+
+def test_a_component_that_nobody_registered_is_said_once() -> None:
+    context = DoctorContext(ready=_no_data(changed(META_ARCHITECTURE="GeneralisedRCNN")))
+    (finding,) = run_checks(context, [*MODEL_CHECKS, CHECKS["HA128"]]).findings
+    assert finding.code == "HA128" and "'GeneralisedRCNN'" in finding.found
 
 
 def test_nothing_of_the_model_and_no_random_stream_changes() -> None:

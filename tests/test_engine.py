@@ -26,6 +26,7 @@ from torch import nn
 
 import d2_headadapt.engine
 from d2_headadapt import HeadAdaptCheckpointer, Trainer
+from d2_headadapt.cli import main as cli
 from d2_headadapt.configuring import load_config
 from d2_headadapt.engine import (
     build_evaluator,
@@ -260,6 +261,14 @@ def test_the_tool_prints_one_line_and_the_exit_code_of_the_error(
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(err) == 1
     assert ALLOW in err[0]
+
+
+def test_the_command_trains_and_evaluates_as_the_tool(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--config-file", str(run.config)]
+    assert cli([*words, "--eval-only"]) == 1
+    assert ALLOW in capsys.readouterr().err
+    assert cli([*words, "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"]) == 0
+    assert torch.load(run.output / "model_final.pth")[KEY]["tables"] == {"thing": TARGET}
 
 
 def test_ddp_is_put_back_whatever_happens() -> None:

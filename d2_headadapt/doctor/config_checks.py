@@ -129,7 +129,13 @@ def class_counts(context: DoctorContext) -> Iterator[Finding]:
         )
 
 
-@check("HA107", "every changed key is read by this architecture", quick=True, severity="warning")
+@check(
+    "HA107",
+    "every changed key is read by this architecture",
+    quick=True,
+    severity="warning",
+    yaml_only="what a LazyConfig names is called, and refused where it takes no such argument",
+)
 def read_keys(context: DoctorContext) -> Iterator[Finding]:
     cfg, stock = context.cfg, context.defaults
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -202,7 +208,13 @@ def value_types(context: DoctorContext) -> Iterator[Finding]:
         )
 
 
-@check("HA110", "no key stands where nothing reads it", quick=True, severity="warning")
+@check(
+    "HA110",
+    "no key stands where nothing reads it",
+    quick=True,
+    severity="warning",
+    yaml_only="keys of head_adapt are checked when it is read, and others belong to what they are passed to",
+)
 def misplaced_keys(context: DoctorContext) -> Iterator[Finding]:
     """``cfg.BASE_LR = 0.1`` is legal in a script and does nothing; keys of a user's own components are left alone."""
     cfg, stock = context.cfg, context.defaults

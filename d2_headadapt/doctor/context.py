@@ -10,20 +10,25 @@ from typing import Any, Literal
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig
 from torch import nn
 
 from ..classes import ClassTable
 from ..components import add_component_keys, import_components
 from ..config import add_headadapt_config
-from ..configuring import build_on_meta, load_config, resolve_config
+from ..configuring import load_config
 from ..datasets import register_datasets
 from ..errors import DatasetError, HeadAdaptError
+from ..lazy.loading import load
+from ..lazy.mirror import mirror_of
+from ..lazy.words import is_lazy_file
 from ..loading import check_exists, plan_file
 from ..plan import AdaptPlan
+from ..recipes import LazyRecipe, Recipe, resolved_recipe
 from ..settings import AdaptSettings
 from ..tasks.data import settle_tasks
 
-Part = Literal["config", "registered", "settings", "resolved", "weights", "plan", "model"]
+Part = Literal["config", "registered", "settings", "recipe", "resolved", "weights", "plan", "model"]
 QUICK_BYTES = 4 << 20
 """Annotation files beyond this size are left to the command: training shall not wait for them twice."""
 
@@ -48,9 +53,11 @@ class DoctorContext:
     ========== ============================= =================================================================
     part       attributes                    what it is
     ========== ============================= =================================================================
-    config     ``cfg``                       the config as the user wrote it, not resolved
+    config     ``cfg``                       the config as the user wrote it, not resolved; of a LazyConfig the yaml
+                                             that it amounts to, and ``lazy`` is the LazyConfig
     registered ``dataset_names`` and below   ``cfg`` loaded, and ``DATASETS.REGISTER`` entered in the catalogs
     settings   ``settings``, ``tables``      what the keys under ``MODEL.HEAD_ADAPT`` say; target tables by space
+    recipe     ``recipe``                    what the model is built from
     resolved   ``resolved``                  the frozen config that training would use: counts and device written
     weights    ``weights_path``              a path that exists, or an address
     plan       ``plan``                      what loading the weights would do
@@ -58,10 +65,11 @@ class DoctorContext:
     ========== ============================= =================================================================
 
     Args:
-        config_file, opts, imports: as for :func:`d2_headadapt.configuring.load_config`.
+        config_file, opts, imports: as for :func:`d2_headadapt.recipes.read_recipe`.
         weights: a checkpoint in place of ``MODEL.WEIGHTS``.
         all_images: look at every image rather than at a sample.
         ready: a config that was resolved already, as the trainer has it; the other arguments then do not count.
+        lazy: the LazyConfig that ``ready`` is the mirror of.
         quick: only small annotation files are looked at (:meth:`small`).
     """
 
@@ -74,10 +82,12 @@ class DoctorContext:
         *,
         all_images: bool = False,
         ready: CfgNode | None = None,
+        lazy: DictConfig | None = None,
         quick: bool = False,
     ) -> None:
         self.config_file, self.opts, self.imports = config_file, tuple(opts), tuple(imports)
         self.weights, self.all_images, self.ready, self.quick = weights, all_images, ready, quick
+        self.lazy = lazy
         self._made: dict[Any, Any] = {}
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -100,6 +110,16 @@ class DoctorContext:
     def tables(self) -> Mapping[str, ClassTable]:
         """Target tables by label space."""
         return self.settings.target
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether a LazyConfig is examined, also one that cannot be read."""
+        return self.lazy is not None or is_lazy_file(self.config_file)
+
+    @property
+    def recipe(self) -> Recipe:
+        found: Recipe = self.part("recipe")
+        return found
 
     @property
     def resolved(self) -> CfgNode:
@@ -130,10 +150,11 @@ class DoctorContext:
             "config": self._config,
             "registered": self._registered,
             "settings": self._settings,
-            "resolved": self._resolved,
+            "recipe": self._recipe,
+            "resolved": lambda: self.recipe.config,
             "weights": self._weights,
             "plan": lambda: plan_file(self.weights_path, self.model, self.settings),
-            "model": lambda: build_on_meta(self.resolved),
+            "model": lambda: self.recipe.build_on_meta(),
         }
         return self._kept(("part", name), name, makers[name])
 
@@ -146,7 +167,12 @@ class DoctorContext:
         return None
 
     def _config(self) -> CfgNode:
-        return self.ready if self.ready is not None else load_config(self.config_file, self.opts, self.imports)
+        if self.ready is not None:
+            return self.ready
+        if not is_lazy_file(self.config_file):
+            return load_config(self.config_file, self.opts, self.imports)
+        self.lazy = load(self.config_file, self.opts, self.imports)
+        return mirror_of(self.lazy)
 
     def _defaults(self) -> CfgNode:
         cfg = get_cfg()
@@ -164,20 +190,21 @@ class DoctorContext:
         settle_tasks(cfg)
         return AdaptSettings.from_config(cfg)
 
-    def _resolved(self) -> CfgNode:
+    def _recipe(self) -> Recipe:
         if self.ready is not None:
-            return self.ready
+            # Who is ready has a model of its own, with its settings.
+            own = AdaptSettings()
+            return Recipe(self.ready, own) if self.lazy is None else LazyRecipe(self.ready, own, self.lazy)
         # A test set with other classes has its own finding, and hides no mistake of the model.
         for tests in (self.part("registered").DATASETS.TEST, ()):
             cfg = self.part("registered").clone()
             cfg.DATASETS.TEST = tests
             try:
-                resolve_config(cfg)
-                break
+                return resolved_recipe(cfg, self.lazy)
             except HeadAdaptError:
                 if not tests:
                     raise
-        return cfg
+        raise AssertionError("the second attempt returns or raises")
 
     def _weights(self) -> str:
         path: str = self.weights or self.cfg.MODEL.WEIGHTS

@@ -64,6 +64,7 @@ class Check:
         quick: the trainer runs it too, before it builds; its errors stop the training.
         severity: the worst that it finds.
         function: yields its findings.
+        yaml_only: why it is not run on a LazyConfig; empty where it is.
     """
 
     code: str
@@ -72,6 +73,7 @@ class Check:
     quick: bool
     severity: Severity
     function: CheckFunction
+    yaml_only: str = ""
 
 
 CHECKS: dict[str, Check] = {}
@@ -79,7 +81,13 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    code: str, title: str, *, needs: Sequence[Part] = ("config",), quick: bool = False, severity: Severity = "error"
+    code: str,
+    title: str,
+    *,
+    needs: Sequence[Part] = ("config",),
+    quick: bool = False,
+    severity: Severity = "error",
+    yaml_only: str = "",
 ) -> Callable[[CheckFunction], CheckFunction]:
     """Register a function ``(context) -> findings`` under a code; see :class:`Check`.
 
@@ -89,7 +97,7 @@ def check(
     def register(function: CheckFunction) -> CheckFunction:
         if code in CHECKS:
             raise ValueError(f"two checks with the code {code}")
-        CHECKS[code] = Check(code, title, tuple(needs), quick, severity, function)
+        CHECKS[code] = Check(code, title, tuple(needs), quick, severity, function, yaml_only)
         return function
 
     return register

@@ -1,4 +1,4 @@
-"""HA231 to HA236: the files of images, on disk and inside.
+"""HA231 to HA237: the files of images, on disk and inside.
 
 Every file is looked for; a sample of them, or all with ``--all-images``, is read as detectron2's mapper reads it.
 """
@@ -51,8 +51,12 @@ def _datasets(context: DoctorContext) -> Iterator[tuple[str, Labels, list[str]]]
     """Each dataset on local disk with the paths of its images."""
     for name, labels in readable(context):
         paths = _paths(context, name, labels)
-        if paths and not any("://" in path for path in (paths[0], paths[-1])):
+        if paths and not _remote(paths):
             yield name, labels, paths
+
+
+def _remote(paths: Sequence[str]) -> bool:
+    return any("://" in path for path in (paths[0], paths[-1]))
 
 
 def _paths(context: DoctorContext, name: str, labels: Labels) -> list[str]:
@@ -250,6 +254,21 @@ def shared_content(context: DoctorContext) -> Iterable[Finding]:
                 place(name, labels),
                 f"{len(found)} of {_extent(context, name, paths)} are in {same_size[found[0][1]]!r} too",
                 f"{found[0][0]}, byte for byte {found[0][1]}",
+            )
+
+
+@check("HA237", "every image is on a local disk, where the other checks look", needs=("registered",), severity="note")
+def images_are_local(context: DoctorContext) -> Iterable[Finding]:
+    for name, labels in readable(context):
+        paths = _paths(context, name, labels)
+        if paths and _remote(paths):
+            yield Finding(
+                "HA237",
+                "note",
+                place(name, labels),
+                f"images at addresses, such as {paths[0]}: none of them was looked at",
+                "nothing else; detectron2 reads them through its PathManager",
+                "Nothing. To have the files checked, copy them and run the doctor on the copy.",
             )
 
 

@@ -183,7 +183,8 @@ def _weights_only(m: re.Match[str], before: str) -> Answer:
     "nan loss", r"Loss became infinite or NaN at iteration=(?P<i>\d+)!(?: loss_dict = (?P<losses>\{[^}]*\}))?", "HA121"
 )
 def _nan(m: re.Match[str], before: str) -> Answer:
-    bad = re.findall(r"'(\w+)': (?:tensor\()?-?(?:nan|inf)", m["losses"] or "")
+    # numpy 2 writes np.float64(nan), torch tensor(nan).
+    bad = re.findall(r"'(\w+)': (?:[\w.]+\()?-?(?:nan|inf)", m["losses"] or "")
     which = f" ({', '.join(bad)} first)" if bad else ""
     return (
         f"Training diverged at iteration {m['i']}{which}. Nearly always the learning rate is too high for the batch:\n"

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
+from omegaconf import DictConfig
 from tabulate import tabulate
 from termcolor import colored
 
 from ..errors import ConfigError, DatasetError, HeadAdaptError
+from ..lazy.words import in_lazy_words
 
 # Each module of checks enters its own when it is imported.
 from . import box_checks as box_checks
@@ -86,6 +88,9 @@ def run_checks(context: DoctorContext, checks: Iterable[Check]) -> Report:
     not_run: dict[str, str] = {}
     count = 0
     for one in sorted(checks, key=lambda check: check.code):
+        if context.is_lazy and one.yaml_only:
+            not_run[one.code] = one.yaml_only
+            continue
         try:
             for part in one.needs:
                 context.part(part)
@@ -96,8 +101,16 @@ def run_checks(context: DoctorContext, checks: Iterable[Check]) -> Report:
         except Exception as error:
             logger.debug("check %s raised", one.code, exc_info=True)
             findings.append(Finding.of(UNFINISHED, error, "warning", f"check {one.code} ({one.title})"))
+    if context.is_lazy:
+        findings = [_in_lazy_words(finding) for finding in findings]
+        not_run = {code: in_lazy_words(reason) for code, reason in not_run.items()}
     findings.sort(key=lambda finding: (RANK[finding.severity], finding.code))
     return Report(tuple(findings), not_run, count, time.perf_counter() - started)
+
+
+def _in_lazy_words(finding: Finding) -> Finding:
+    words = [in_lazy_words(text) for text in (finding.where, finding.found, finding.expected, finding.fix)]
+    return Finding(finding.code, finding.severity, *words)
 
 
 def report_text(report: Report) -> str:
@@ -150,15 +163,19 @@ def checks_markdown() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
-def examine_before_training(cfg: CfgNode) -> Report:
+def examine_before_training(cfg: CfgNode, lazy: DictConfig | None = None) -> Report:
     """The quick checks on a config that is about to be trained: no image and no large annotation file is read.
 
     The main process logs one line when all is well, else each finding.
 
+    Args:
+        cfg: resolved.
+        lazy: the LazyConfig that it is the mirror of.
+
     Raises:
         HeadAdaptError: the first error.
     """
-    report = run_checks(DoctorContext(ready=cfg, quick=True), [one for one in CHECKS.values() if one.quick])
+    report = run_checks(DoctorContext(ready=cfg, lazy=lazy, quick=True), [one for one in CHECKS.values() if one.quick])
     if comm.is_main_process():
         for finding in report.findings:
             level = {"error": logging.ERROR, "warning": logging.WARNING, "note": logging.INFO}[finding.severity]

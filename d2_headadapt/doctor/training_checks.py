@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.modeling import (
@@ -24,10 +24,12 @@ from detectron2.modeling import (
 )
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
+from omegaconf import DictConfig
 from PIL import Image
 
 from ..classes import did_you_mean
-from .finding import DoctorContext, Finding, Severity, check, is_stock, value_of
+from ..lazy.tree import select, target_of
+from .finding import DoctorContext, Finding, PartMissing, Severity, check, is_stock, value_of
 
 RATE_PER_IMAGE = 0.02 / 16
 """detectron2's own rule for R-CNN with SGD: 0.02 at 16 images a batch, and in proportion."""
@@ -57,6 +59,10 @@ HEADS: tuple[tuple[str, Any, str], ...] = (
 @check("HA121", "the learning rate fits the batch size", quick=True)
 def learning_rate(context: DoctorContext) -> Iterator[Finding]:
     rate, batch = context.cfg.SOLVER.BASE_LR, context.cfg.SOLVER.IMS_PER_BATCH
+    optimizer = target_of(context.lazy.get("optimizer")) if context.lazy is not None else torch.optim.SGD
+    if optimizer is not torch.optim.SGD:
+        name = getattr(optimizer, "__name__", "none")
+        raise PartMissing("optimizer", None, f"the rule is about SGD, and the optimizer is {name}")
     if not _numbers(rate, batch):
         return
     rule = RATE_PER_IMAGE * max(batch, 1)
@@ -92,6 +98,9 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
             "Write SOLVER.MAX_ITER: 1000, or what your training needs.",
         )
         return
+    if context.lazy is not None:
+        yield from _lazy_schedule(context.lazy)
+        return
     cfg = context.cfg.clone()
     cfg.defrost()
     # Those beyond the end are left out by detectron2 too, with a line that HA123 says better.
@@ -104,7 +113,24 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
         yield Finding("HA122", "error", "SOLVER", text, "a schedule that detectron2 can build", fix)
 
 
-@check("HA123", "SOLVER.STEPS and WARMUP_ITERS lie within SOLVER.MAX_ITER", quick=True, severity="warning")
+def _lazy_schedule(lazy: DictConfig) -> Iterator[Finding]:
+    node = lazy.get("lr_multiplier")
+    if node is None:
+        raise PartMissing("lr_multiplier", None, "the config has none")
+    try:
+        instantiate(node)
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        yield Finding("HA122", "error", "lr_multiplier", text, "a schedule that can be built", "Correct the node.")
+
+
+@check(
+    "HA123",
+    "SOLVER.STEPS and WARMUP_ITERS lie within SOLVER.MAX_ITER",
+    quick=True,
+    severity="warning",
+    yaml_only="the marks of a LazyConfig's lr_multiplier are shares of the training",
+)
 def steps(context: DoctorContext) -> Iterator[Finding]:
     solver = context.cfg.SOLVER
     if not _numbers(solver.MAX_ITER, solver.WARMUP_ITERS):
@@ -238,7 +264,12 @@ def processes(context: DoctorContext) -> Iterator[Finding]:
         )
 
 
-@check("HA128", "every component that the config names is registered", quick=True)
+@check(
+    "HA128",
+    "every component that the config names is registered",
+    quick=True,
+    yaml_only="a LazyConfig names classes, not entries of registries",
+)
 def components(context: DoctorContext) -> Iterator[Finding]:
     cfg = context.cfg
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -275,6 +306,8 @@ def _unregistered(cfg: CfgNode, key: str, registry: Any) -> Iterator[Finding]:
 
 @check("HA129", "each test dataset says how it is evaluated", needs=("registered",), severity="warning")
 def evaluators(context: DoctorContext) -> Iterator[Finding]:
+    if context.lazy is not None and select(context.lazy, "dataloader.evaluator") is not None:
+        return  # The config says it itself.
     for name in context.test_names:
         if MetadataCatalog.get(name).get("evaluator_type") is None:
             yield Finding(

@@ -1,0 +1,148 @@
+"""A LazyConfig as the yaml config that it amounts to, for everything in this package that reads keys.
+
+Only the keys that ``from_config`` methods, the doctor and the evaluators read are set; no model is built from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import transforms as T
+from omegaconf import DictConfig, OmegaConf
+
+from ..classes import did_you_mean
+from ..config import add_headadapt_config
+from ..configuring import merge
+from ..errors import ConfigError
+from ..predictor import PREDICTOR_REGISTRY
+from ..settings import NUM_CLASSES_KEYS
+from ..tasks.spec import complete_tasks
+from .counts import class_counts
+from .loading import NODE
+from .tree import calls, names_in, select, target_of
+from .words import MIRRORED
+
+BESIDE: Mapping[str, tuple[str, str]] = {"register": ("DATASETS", "REGISTER"), "tasks": ("MODEL", "TASKS")}
+"""Keys of the node whose yaml keys are not under ``MODEL.HEAD_ADAPT``."""
+
+
+def mirror_of(lazy: DictConfig) -> CfgNode:
+    """The yaml config that ``lazy`` amounts to; not frozen, and nothing in it is resolved.
+
+    The keys of ``head_adapt`` are those that :mod:`d2_headadapt.config` declares, in lower case.
+
+    Raises:
+        ConfigError: a key of ``head_adapt`` that does not exist, or a value of another type than its key's.
+    """
+    cfg = get_cfg()
+    add_headadapt_config(cfg)
+    for key, place in MIRRORED.items():
+        value = select(lazy, place)
+        if value is not None:
+            section, _, last = key.rpartition(".")
+            _node(cfg, section)[last] = value
+    cfg.DATASETS.TRAIN = names_in(select(lazy, "dataloader.train"))
+    cfg.DATASETS.TEST = names_in(select(lazy, "dataloader.test"))
+    _mirror_model(cfg, lazy.model)
+    _mirror_input(cfg, lazy)
+    _read_node(cfg, lazy.get(NODE))
+    return cfg
+
+
+def _node(cfg: CfgNode, section: str) -> CfgNode:
+    for name in filter(None, section.split(".")):
+        cfg = cfg[name]
+    return cfg
+
+
+def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
+    cfg.MODEL.META_ARCHITECTURE = getattr(target_of(model), "__name__", str(target_of(model)))
+    heads = model.get("roi_heads")
+    cfg.MODEL.MASK_ON = isinstance(heads, DictConfig) and heads.get("mask_head") is not None
+    cfg.MODEL.KEYPOINT_ON = isinstance(heads, DictConfig) and heads.get("keypoint_head") is not None
+    if target_of(heads) is not None:
+        cfg.MODEL.ROI_HEADS.NAME = target_of(heads).__name__
+    for _, call in calls(heads):
+        name = getattr(target_of(call), "__name__", "")
+        if name in PREDICTOR_REGISTRY and target_of(call) is PREDICTOR_REGISTRY.get(name) and "bundle" not in call:
+            cfg.MODEL.HEAD_ADAPT.PREDICTOR = name
+    counts = class_counts(model)
+    for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, NUM_CLASSES_KEYS["PanopticFPN"]):
+        section, _, last = key.rpartition(".")
+        found = [count.value for count in counts if count.space == space]
+        parent = _parent(cfg, section)
+        if found and parent is not None and last in parent:
+            parent[last] = found[0]
+
+
+def _parent(cfg: CfgNode, section: str) -> CfgNode | None:
+    node: Any = cfg
+    for name in section.split("."):
+        node = node.get(name) if isinstance(node, CfgNode) else None
+    return node
+
+
+def _mirror_input(cfg: CfgNode, lazy: DictConfig) -> None:
+    flips = [
+        call
+        for _, call in calls(select(lazy, "dataloader.train"))
+        if isinstance(target_of(call), type) and issubclass(target_of(call), T.RandomFlip)
+    ]
+    # As its constructor: horizontal unless it says otherwise.
+    mirrored = any(call.get("horizontal", True) and not call.get("vertical", False) for call in flips)
+    cfg.INPUT.RANDOM_FLIP = "horizontal" if mirrored else "vertical" if flips else "none"
+    for _, call in calls(select(lazy, "dataloader.test")):
+        if target_of(call) is T.ResizeShortestEdge:
+            size = select(call, "short_edge_length")
+            cfg.INPUT.MIN_SIZE_TEST = int(size[0] if isinstance(size, (list, tuple)) else size)
+            cfg.INPUT.MAX_SIZE_TEST = int(call.get("max_size", cfg.INPUT.MAX_SIZE_TEST))
+
+
+def _read_node(cfg: CfgNode, node: Any) -> None:
+    if node is None:
+        complete_tasks(cfg)
+        return
+    if not isinstance(node, DictConfig):
+        raise ConfigError(
+            NODE, expected="a dict of keys", found=repr(node), fix=f'Write {NODE} = dict(source_classes="coco").'
+        )
+    values = cast("dict[Any, Any]", OmegaConf.to_container(node, resolve=True))
+    beside = {key: values.pop(key) for key in BESIDE if values.get(key) is not None}
+    known = dict(_known(cfg.MODEL.HEAD_ADAPT))
+    own = _upper(values, known, NODE, [*known, *BESIDE])
+    merge(cfg, NODE, lambda: cfg.merge_from_other_cfg(CfgNode({"MODEL": {"HEAD_ADAPT": own}})))
+    for key, value in beside.items():
+        section, last = BESIDE[key]
+        if not isinstance(value, type(cfg[section][last])) and not isinstance(value, (dict, list)):
+            raise ConfigError(f"{NODE}.{key}", expected="a list or a dict", found=repr(value), fix="Correct the value.")
+        cfg[section][last] = CfgNode(value, new_allowed=True) if isinstance(value, dict) else value
+    complete_tasks(cfg)
+
+
+def _known(node: CfgNode) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        yield key.lower(), value
+
+
+def _upper(values: Mapping[Any, Any], known: Mapping[str, Any], place: str, names: list[str]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(
+                f"{place}.{key}",
+                expected="a key that exists",
+                found=repr(key),
+                fix=f"Correct or remove it.{did_you_mean(str(key), names) or ' The keys: ' + ', '.join(names) + '.'}",
+            )
+        default = known[key]
+        if isinstance(default, CfgNode):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{place}.{key}", expected="a dict of keys", found=repr(value), fix=f"Write {key}=dict(...)."
+                )
+            inner = dict(_known(default))
+            value = _upper(value, inner, f"{place}.{key}", list(inner))
+        made[str(key).upper()] = value
+    return made
