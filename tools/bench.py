@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Measure what this package costs beside stock detectron2, and write the table into the README.
+"""Measure what this package costs beside stock detectron2, and write the table into docs/bench.md.
 
 Each arm of a comparison runs in a process of its own, in turn with the other (A B A B ...), so that a machine whose
 speed drifts hurts both alike. Quoted are medians, and the ratio of the medians.
 
-    python tools/bench.py            measure everything, write docs/bench.json and the README block
-    python tools/bench.py --render   only write the README block from docs/bench.json
+    python tools/bench.py            measure everything, write docs/bench.json and the table of docs/bench.md
+    python tools/bench.py --render   only write that table, from docs/bench.json
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "bench.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "bench.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 SIZES = {"R101-FPN": "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", "1 GB": ""}
 TARGET = ["zebra", "cat", "dog", "person", "a new one"]
@@ -35,7 +35,7 @@ TARGET = ["zebra", "cat", "dog", "person", "a new one"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--render", action="store_true", help="write the README block from the stored numbers")
+    parser.add_argument("--render", action="store_true", help="write the table from the stored numbers")
     parser.add_argument("--runs", type=int, default=5, help="runs of each arm (default 5)")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
@@ -46,7 +46,7 @@ def main() -> None:
     if not args.render:
         STORED.parent.mkdir(exist_ok=True)
         STORED.write_text(json.dumps(measure(args.runs), indent=1) + "\n")
-    README.write_text(with_block(README.read_text(), render(json.loads(STORED.read_text()))))
+    PAGE.write_text(with_block(PAGE.read_text(), render(json.loads(STORED.read_text()))))
     print(render(json.loads(STORED.read_text())))
 
 
@@ -334,7 +334,7 @@ ARMS: dict[str, Callable[[str], dict[str, float]]] = {
 
 
 def render(data: dict[str, Any]) -> str:
-    """The README block of the stored numbers."""
+    """The table of the stored numbers."""
     m = data["machine"]
     rows = [
         "| what | stock detectron2 | d2_headadapt | ratio |",
