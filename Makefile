@@ -3,6 +3,7 @@
 PYTHON ?= python3
 DETECTRON2 ?=
 VENV ?= .venv
+VENV_MAIN ?= .venv-main
 ARGS ?=
 
 BIN = $(VENV)/bin
@@ -13,17 +14,20 @@ export OMP_WAIT_POLICY ?= PASSIVE
 QUIET = -W ignore::FutureWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check format demo demo-real bench soak clean
+.PHONY: help env test test-main detectron2-tests check format demo demo-real bench soak docker-steps clean
 
 help:
 	@echo 'make env        make the environment in $(VENV) (the other commands do it too)'
 	@echo 'make demo       the main job on drawn scenes of handwritten digits; results in output/demo/'
 	@echo 'make demo-real  the same on real photographs, from the folder that D2HA_REAL names'
 	@echo 'make test       run the tests; ARGS="-k name" chooses'
+	@echo 'make detectron2-tests  the unit tests of D2HA_DETECTRON2_SRC, on stock and under d2-headadapt run'
+	@echo 'make test-main  build D2HA_DETECTRON2_SRC (a source tree or git directory) in $(VENV_MAIN), and run both there'
 	@echo 'make check      ruff and mypy'
 	@echo 'make format     let ruff rewrite the files'
 	@echo 'make bench      measure speed'
 	@echo 'make soak       long random runs'
+	@echo 'make docker-steps  execute the Dockerfile in a clean Debian, without an engine (as root; 13 GB of disk)'
 	@echo 'make clean      delete caches and output/ (the environment stays)'
 	@echo 'PYTHON=...      the interpreter to build the environment on; with DETECTRON2=git detectron2 is built from source'
 
@@ -32,6 +36,20 @@ env:
 
 test: env
 	$(BIN)/python -m pytest $(ARGS)
+
+detectron2-tests: env
+	$(BIN)/python tools/detectron2_tests.py $(ARGS)
+
+# An environment of its own: compiled operators, and a newer numpy than the wheel takes.
+test-main:
+ifeq ($(strip $(D2HA_DETECTRON2_SRC)),)
+	@echo 'test-main: not run, because D2HA_DETECTRON2_SRC names no source of detectron2'
+else
+	@VENV='$(abspath $(VENV_MAIN))' DETECTRON2=git DETECTRON2_REPO='$(abspath $(D2HA_DETECTRON2_SRC))' \
+		bash tools/setup_env.sh
+	$(VENV_MAIN)/bin/python tools/detectron2_tests.py
+	$(VENV_MAIN)/bin/python -m pytest --deselect tests/test_run_detectron2.py::test_what_passes_on_stock_passes_under_run $(ARGS)
+endif
 
 check: env
 	$(BIN)/ruff check .
@@ -54,6 +72,10 @@ bench: env
 soak: env
 	$(BIN)/python tools/soak.py $(ARGS)
 
+# Needs no environment: any Python, and its own library.
+docker-steps:
+	$(PYTHON) tools/docker_steps $(ARGS)
+
 clean:
 	rm -rf output .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ from .engine import Trainer
 from .errors import HeadAdaptError
 from .layout_registry import layouts_of, register_head_layout
 from .layouts import HeadLayout
+from .own_loop import adapt_state_dict, fit_rows
 from .plan import AdaptPlan, TensorPlan
 from .planning import plan_adaptation
 from .predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
@@ -47,8 +48,10 @@ __all__ = [
     "TensorPlan",
     "Trainer",
     "__version__",
+    "adapt_state_dict",
     "add_headadapt_config",
     "build_conv_net_backbone",
+    "fit_rows",
     "layouts_of",
     "match_classes",
     "plan_adaptation",

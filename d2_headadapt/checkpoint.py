@@ -53,6 +53,25 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     Attributes:
         plan: what the last load did; ``None`` before the first.
         untrained: class names by label space of which some row was neither carried, fitted nor trained.
+
+    Example:
+        >>> import tempfile
+        >>> from detectron2.layers import ShapeSpec
+        >>> from detectron2.modeling.box_regression import Box2BoxTransform
+        >>> from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+        >>> from torch import nn
+        >>> from d2_headadapt import AdaptSettings, HeadAdaptCheckpointer
+        >>> def head(classes):  # stands for a whole model
+        ...     transform = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
+        ...     layers = FastRCNNOutputLayers(ShapeSpec(channels=4), box2box_transform=transform, num_classes=classes)
+        ...     return nn.ModuleDict({"box_predictor": layers})
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> HeadAdaptCheckpointer(head(3), folder.name, settings=AdaptSettings.of(["ant", "bee", "cat"])).save("old")
+        >>> checkpointer = HeadAdaptCheckpointer(head(2), settings=AdaptSettings.of(["gnu", "cat"]))
+        >>> rest = checkpointer.load(f"{folder.name}/old.pth")  # which says its classes
+        >>> checkpointer.plan.class_map("thing").carried, checkpointer.untrained
+        (((1, 2),), {'thing': ('gnu',)})
+        >>> folder.cleanup()
     """
 
     def __init__(
@@ -80,6 +99,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.untrained: dict[str, tuple[str, ...]] = {}
         self._open: dict[str, tuple[str, ...]] = {}
         self._origin = ""
+        self._resumes: set[str] = set()
         self._resuming = False
         self._own_file = False
         self._agreed = False
@@ -192,6 +212,23 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         if not self._agreed:
             self._agreed = True
             agree(error, self._origin)
+
+    def adapted(
+        self, checkpoint: dict[str, Any], path: str, origin: str = ""
+    ) -> tuple[dict[str, torch.Tensor], AdaptPlan]:
+        """What loading a checkpoint would make of the model's state; nothing is written to.
+
+        Args:
+            checkpoint: in stock detectron2's form, ``{"model": {name: values}, ...}``; it loses what is used.
+            path: the file that its values are views of, or what it is called in messages.
+            origin: the address that the file was fetched from.
+
+        Raises:
+            HeadAdaptError: the checkpoint or the plan is refused.
+        """
+        self._origin, self._resumes = origin or path, set()
+        state, plan, _ = self._prepare(checkpoint, path)
+        return dict(state), plan
 
     def _prepare(
         self, checkpoint: dict[str, Any], path: str

@@ -56,6 +56,15 @@ class ClassTable:
 
     Raises:
         ClassTableError: no names, a name that is no string or empty, or two names that normalise to the same.
+
+    Example:
+        >>> from d2_headadapt import ClassTable
+        >>> table = ClassTable(["cat", "traffic light"])
+        >>> len(table), table.find("Traffic-Light"), table.find("dog")
+        (2, 1, None)
+        >>> ClassTable(["cat", "Cat"])
+        Traceback (most recent call last):
+        d2_headadapt.errors.ClassTableError: a list: expected names that differ ..., found 'cat' and 'Cat'. Rename ...
     """
 
     names: tuple[str, ...]
@@ -137,6 +146,12 @@ class ClassMap:
         source: the table that the weights were trained on.
         target: the table that the model predicts.
         rows: K_target entries; ``rows[t]`` is a source class index or ``None`` where target class ``t`` is new.
+
+    Example:
+        >>> from d2_headadapt import ClassMap, ClassTable
+        >>> found = ClassMap(ClassTable(["ant", "bee", "cat"]), ClassTable(["cat", "gnu"]), (2, None))
+        >>> found.carried, found.new, found.dropped
+        (((0, 2),), (1,), (0, 1))
     """
 
     source: ClassTable
@@ -207,6 +222,12 @@ def match_classes(
     Raises:
         ClassTableError: an alias that names no class of its table, two aliases for one target, two source classes
             that reviewed pairs or synonyms find for one target, or an unknown ``match``.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, match_classes, vocabulary
+        >>> mine = ClassTable(["Traffic-Light", "lorry", "gnu"])
+        >>> match_classes(mine, vocabulary("coco"), aliases=["lorry=truck"]).rows
+        (9, 7, None)
     """
     if match == "position":
         if aliases:
@@ -270,7 +291,7 @@ def _known(name: str, table: ClassTable, where: str, side: str) -> int:
             where,
             expected=f"a class of the {side} table ({len(table)} classes of {table.origin})",
             found=repr(name),
-            fix=f"Use one of its names.{did_you_mean(name, table.names)}",
+            fix=f"Use one of its names ({shorten(table.names)}), or remove the alias.{did_you_mean(name, table.names)}",
         )
     return i
 

@@ -9,6 +9,15 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     """Add this package's keys, with defaults that change nothing, to a detectron2 config.
 
     Calling it twice is harmless: values that are already set stay.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> from d2_headadapt import add_headadapt_config
+        >>> cfg = get_cfg()
+        >>> add_headadapt_config(cfg)
+        >>> cfg.MODEL.HEAD_ADAPT.ALIASES = ["lorry=truck"]
+        >>> cfg.MODEL.HEAD_ADAPT.RESUME
+        'refuse'
     """
     if "HEAD_ADAPT" in cfg.MODEL:
         return

@@ -9,6 +9,7 @@
     |-- CheckpointFileError     a file cannot be read or written safely
     |-- PlanRefused             nothing may be loaded: wrong architecture, damaged values, refused tensors
     |-- ResumeError             a run cannot be continued from this file
+    |-- ExportError             a model has no such form, or its exported form gives other numbers
     |-- TextError               exit code 3: text embeddings that do not fit the classes or the model
     `-- RankError               processes of one job disagree
 
@@ -28,6 +29,14 @@ class HeadAdaptError(ValueError):
         expected: what would have been accepted.
         found: what was there instead.
         fix: what to type; a complete sentence.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, HeadAdaptError
+        >>> try:
+        ...     ClassTable([])
+        ... except HeadAdaptError as error:
+        ...     print(error.found, "-", error.fix)
+        none - List the classes in their order.
     """
 
     exit_code: ClassVar[int] = 1
@@ -77,6 +86,10 @@ class PlanRefused(HeadAdaptError):
 
 
 class ResumeError(HeadAdaptError):
+    pass
+
+
+class ExportError(HeadAdaptError):
     pass
 
 

@@ -63,10 +63,15 @@ def register_head_layout(
         LayoutError: a module class without a function or a pattern with one.
 
     Example:
-        A DETR-style head, six decoder layers, K rows each and no background row::
+        A DETR-style head, two decoder layers, K rows each and no background row::
 
-            register_head_layout("class_embed.*.weight", group="class_embed")
-            register_head_layout("class_embed.*.bias", group="class_embed")
+            >>> from torch import nn
+            >>> from d2_headadapt import layouts_of, register_head_layout
+            >>> register_head_layout("class_embed.*.weight", group="class_embed")
+            >>> register_head_layout("class_embed.*.bias", group="class_embed")
+            >>> model = nn.ModuleDict({"class_embed": nn.ModuleList([nn.Linear(8, 5), nn.Linear(8, 5)])})
+            >>> [layout.tensor for layout in layouts_of(model)][:2]
+            ['class_embed.0.weight', 'class_embed.0.bias']
     """
     if isinstance(target, str) == (layout is not None):
         raise LayoutError(
@@ -109,6 +114,21 @@ def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
 
     Raises:
         LayoutError: a pattern that matches no tensor, or a layout that does not describe its tensor.
+
+    Example:
+        >>> from detectron2.layers import ShapeSpec
+        >>> from detectron2.modeling.box_regression import Box2BoxTransform
+        >>> from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+        >>> from torch import nn
+        >>> from d2_headadapt import layouts_of
+        >>> transform = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
+        >>> head = FastRCNNOutputLayers(ShapeSpec(channels=4), box2box_transform=transform, num_classes=3)
+        >>> for layout in layouts_of(nn.ModuleDict({"box_predictor": head})):
+        ...     print(layout.tensor, "-", layout.describe())
+        box_predictor.cls_score.weight - 1 row per class, background last
+        box_predictor.cls_score.bias - 1 row per class, background last
+        box_predictor.bbox_pred.weight - 4 rows per class
+        box_predictor.bbox_pred.bias - 4 rows per class
     """
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if torch.is_tensor(value)}
     found: dict[str, HeadLayout] = {}
@@ -138,6 +158,13 @@ def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
                 fix="Correct the arguments of register_head_layout.",
             )
     return tuple(found[name] for name in shapes if name in found)
+
+
+def has_layout(cls: object) -> bool:
+    """Whether modules of a class describe themselves, or a function is registered for it or a base class of it."""
+    return callable(getattr(cls, "head_layouts", None)) or any(
+        base.__name__ in _BY_CLASS for base in getattr(cls, "__mro__", ())
+    )
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[ModuleContext, nn.Module]]:

@@ -43,6 +43,17 @@ class HeadLayout:
         given: the model's constructor knows every row (a text embedding), so that no row is new: ``"file"`` where its
             rows stay, ``"checkpoint"`` where those of a checkpoint replace them; empty for a layer that is trained.
         by_choice: agnostic because a config key says so; the same tensor could have been class-specific.
+
+    Example:
+        Boxes, four rows for each class, and scores, background last, for three classes::
+
+            >>> from d2_headadapt import HeadLayout
+            >>> boxes = HeadLayout("bbox_pred.weight", "thing", "head", rows_per_class=4)
+            >>> scores = HeadLayout("cls_score.weight", "thing", "head", extra=1)
+            >>> boxes.num_classes((12, 64)), scores.num_classes((4, 64)), scores.num_classes((1, 64))
+            (3, 3, None)
+            >>> boxes.rows([2], num_classes=3).tolist(), scores.fixed_rows(3).tolist()
+            ([8, 9, 10, 11], [3])
     """
 
     tensor: str

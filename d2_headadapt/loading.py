@@ -91,6 +91,18 @@ def settle_checkpoint(
     return replace(settled, excluded=out)
 
 
+def read_weights(path: str, settings: AdaptSettings) -> tuple[dict[str, Any], str]:
+    """A checkpoint by its path or address, its values not verified yet, and the local file that they are in."""
+    try:
+        local: str = PathManager.get_local_path(path.partition("?")[0])
+    except (OSError, AssertionError) as exc:
+        raise not_fetched(path, exc) from exc
+    checkpoint = read_checkpoint(local, trust=settings.trust_file, verify=False)
+    if asks_heuristics(path):
+        checkpoint["matching_heuristics"] = True
+    return checkpoint, local
+
+
 def plan_file(path: str, model: nn.Module, settings: AdaptSettings) -> AdaptPlan:
     """Plan the load of a file into a model, which may be on the meta device; nothing is loaded.
 
@@ -102,13 +114,7 @@ def plan_file(path: str, model: nn.Module, settings: AdaptSettings) -> AdaptPlan
     Raises:
         HeadAdaptError: the file cannot be read, or a name is ambiguous. A refused plan is returned.
     """
-    try:
-        local = PathManager.get_local_path(path.partition("?")[0])
-    except (OSError, AssertionError) as exc:
-        raise not_fetched(path, exc) from exc
-    checkpoint = read_checkpoint(local, trust=settings.trust_file, verify=False)
-    if asks_heuristics(path):
-        checkpoint["matching_heuristics"] = True
+    checkpoint, _ = read_weights(path, settings)
     known = Provenance() if KEY not in checkpoint else Provenance.from_plain(checkpoint[KEY], path)
     settled = settle_checkpoint(checkpoint["model"], model.state_dict(), checkpoint, settings)
     return plan_load(settled, model, settings, known, path)

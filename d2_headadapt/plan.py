@@ -48,6 +48,12 @@ class TensorPlan:
         background: the rows that belong to no class (background) come from the file.
         verified: the class tables of both sides are known, or the tensor has no classes.
         reason: why, in words.
+
+    Example:
+        >>> from d2_headadapt import TensorPlan
+        >>> one = TensorPlan("cls_score.bias", "carried", "thing", "head", (4,), (3,), carried=((0, 2),), new=(1,))
+        >>> TensorPlan.from_json(one.to_json()) == one
+        True
     """
 
     name: str
@@ -89,6 +95,23 @@ class AdaptPlan:
         tensors: in model order, then what the file has beside it.
         source, target: the class tables by label space, as far as they are known.
         layouts: of the model's head tensors; they expand class indices to tensor rows.
+
+    Example:
+        >>> import torch
+        >>> from d2_headadapt import ClassTable, HeadLayout, plan_adaptation
+        >>> old = {"cls_score.bias": torch.tensor([1.0, 2.0, 3.0, 9.0])}  # ant, bee, cat and background
+        >>> new = {"cls_score.bias": torch.zeros(3)}  # cat, gnu and background
+        >>> plan = plan_adaptation(
+        ...     {name: value.shape for name, value in old.items()},
+        ...     {name: value.shape for name, value in new.items()},
+        ...     [HeadLayout("cls_score.bias", "thing", "head", extra=1)],
+        ...     source_tables={"thing": ClassTable(["ant", "bee", "cat"])},
+        ...     target_tables={"thing": ClassTable(["cat", "gnu"])},
+        ... )
+        >>> plan.apply(old, new)
+        {'cls_score.bias': tensor([3., 0., 9.])}
+        >>> plan.new_classes(), plan.coverage
+        ({'thing': ('gnu',)}, 1.0)
     """
 
     tensors: tuple[TensorPlan, ...]

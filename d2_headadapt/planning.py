@@ -48,6 +48,20 @@ def plan_adaptation(
 
     Raises:
         ClassTableError: an alias that fits no table, or an ambiguous name.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, HeadLayout, plan_adaptation
+        >>> plan = plan_adaptation(
+        ...     {"stem.weight": (8, 3), "cls_score.weight": (4, 8)},
+        ...     {"stem.weight": (8, 3), "cls_score.weight": (3, 8)},
+        ...     [HeadLayout("cls_score.weight", "thing", "head", extra=1)],
+        ...     source_tables={"thing": ClassTable(["ant", "bee", "cat"])},
+        ...     target_tables={"thing": ClassTable(["cat", "gnu"])},
+        ... )
+        >>> for tensor in plan.tensors:
+        ...     print(tensor.name, tensor.action, tensor.carried, tensor.new)
+        stem.weight copied () ()
+        cls_score.weight carried ((0, 2),) (1,)
     """
     targets = dict(target_tables or {})
     sources = {s: t for s, t in (source_tables or {}).items() if s not in initialise}

@@ -145,7 +145,7 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
         for name, logits in self.tasks(features).items():
             head = self.tasks[name]
             scores = head.scores(logits)
-            found = scores >= 0.5 if head.spec.multi else scores.argmax(dim=1)
+            found = head.chosen(scores)
             start = 0
             for image in instances:
                 # Not len(): tracing would write the number of detections of its one image into the graph.

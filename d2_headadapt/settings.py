@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from .classes import KEY_SUFFIXES, SPACES, ClassTable
+from .classes import KEY_SUFFIXES, SPACES, ClassTable, did_you_mean
 from .config import add_headadapt_config
 from .datasets import resolve_table, training_table
 from .errors import ConfigError, DatasetError
 from .tasks.spec import source_tables, task_specs
 
 logger = logging.getLogger(__name__)
+Named = ClassTable | str | Sequence[str]
+"""One class list, as people write it: a table, a list of names, or a dataset, vocabulary or file by its name."""
 ATTRIBUTE = "head_adapt_settings"
 
 NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -60,6 +62,14 @@ class AdaptSettings:
         include, exclude, rename: see :mod:`d2_headadapt.selecting`.
         new_rows: ``"recipe"``, or ``"nearest"``: see :mod:`d2_headadapt.text.nearest`.
         text_file, text_names: see :func:`d2_headadapt.text.bundle.read_bundle`.
+
+    Raises:
+        ConfigError: tables that are none (:meth:`of` takes plain names), or an unknown choice.
+
+    Example:
+        >>> from d2_headadapt import AdaptSettings, ClassTable
+        >>> AdaptSettings(target={"thing": ClassTable(["cat", "gnu"])}, min_coverage=0.9).resume
+        'refuse'
     """
 
     target: Mapping[str, ClassTable] = field(default_factory=dict)
@@ -78,6 +88,76 @@ class AdaptSettings:
     text_file: str = ""
     text_names: Any = None
 
+    def __post_init__(self) -> None:
+        for name in ("target", "source"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(table, ClassTable) for table in value.values()):
+                raise ConfigError(
+                    f"AdaptSettings, {name}",
+                    expected="class tables by label space, such as {'thing': ClassTable(['cat', 'dog'])}",
+                    found=repr(value),
+                    fix="Plain names are taken by AdaptSettings.of(['cat', 'dog'], source='coco').",
+                )
+        for name, choices in (
+            ("match", ("name", "position")),
+            ("resume", ("refuse", "adapt")),
+            ("new_rows", ("recipe", "nearest")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"MODEL.HEAD_ADAPT.{name.upper()}",
+                    expected=f"{choices[0]!r} or {choices[1]!r}",
+                    found=repr(getattr(self, name)),
+                    fix=f"Set MODEL.HEAD_ADAPT.{name.upper()} {choices[0]}.",
+                )
+
+    @classmethod
+    def of(
+        cls,
+        target: Named | Mapping[str, Named] | None = None,
+        source: Named | Mapping[str, Named] | None = None,
+        **more: Any,
+    ) -> AdaptSettings:
+        """Settings from plain names.
+
+        Args:
+            target: what the model predicts: a list of names, or the name of a registered dataset, a vocabulary, or a
+                .json or .txt file; for another label space than ``thing``, or several, a mapping such as
+                ``{"thing": "coco", "colour": ["red", "blue"]}``. ``None`` where it is not known.
+            source: what the file was trained on, in the same forms; ``"none"`` takes nothing of the head. ``None``
+                asks the file.
+            more: other fields of :class:`AdaptSettings`.
+
+        Raises:
+            ConfigError: no field of that name, or a value that cannot be used.
+            ClassTableError, DatasetError: names that cannot be used.
+
+        Example:
+            >>> from d2_headadapt import AdaptSettings
+            >>> settings = AdaptSettings.of(["lorry", "cat", "gnu"], source="coco", aliases=["lorry=truck"])
+            >>> settings.target["thing"]
+            ClassTable(3 classes of target: lorry, cat, gnu)
+            >>> len(settings.source["thing"])
+            80
+        """
+        unknown = sorted(set(more) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(
+                "AdaptSettings",
+                expected="the name of a field",
+                found=repr(unknown[0]),
+                fix=f"Correct it.{did_you_mean(unknown[0], [f.name for f in fields(cls)])}",
+            )
+        lists = {key: value for key, value in more.items() if isinstance(value, list)}
+        more.update({key: tuple(value) for key, value in lists.items() if key != "text_names"})
+        nothing = _by_space(source)
+        initialise = {space for space, value in nothing.items() if isinstance(value, str) and value.lower() == "none"}
+        return cls(
+            {space: _named(value, "target", space) for space, value in _by_space(target).items()},
+            {space: _named(value, "source", space) for space, value in nothing.items() if space not in initialise},
+            **{**more, "initialise": frozenset(initialise | set(more.get("initialise", ())))},
+        )
+
     @classmethod
     def from_config(cls, cfg: CfgNode, *, registered_only: bool = False) -> AdaptSettings:
         """Read the keys under ``MODEL.HEAD_ADAPT`` and the classes of ``DATASETS.TRAIN``.
@@ -92,18 +172,6 @@ class AdaptSettings:
         """
         cfg = with_keys(cfg)
         node = cfg.MODEL.HEAD_ADAPT
-        for key, choices in (
-            ("MATCH", ("name", "position")),
-            ("RESUME", ("refuse", "adapt")),
-            ("NEW_ROWS", ("recipe", "nearest")),
-        ):
-            if node[key] not in choices:
-                raise ConfigError(
-                    f"MODEL.HEAD_ADAPT.{key}",
-                    expected=f"{choices[0]!r} or {choices[1]!r}",
-                    found=repr(node[key]),
-                    fix=f"Set MODEL.HEAD_ADAPT.{key} {choices[0]}.",
-                )
         source: dict[str, ClassTable] = {}
         target: dict[str, ClassTable] = {}
         initialise: set[str] = set()
@@ -145,6 +213,19 @@ class AdaptSettings:
             str(node.TEXT.FILE),
             node.TEXT.NAMES,
         )
+
+
+def _by_space(value: Named | Mapping[str, Named] | None) -> Mapping[str, Named]:
+    return {} if value is None else value if isinstance(value, Mapping) else {"thing": value}
+
+
+def _named(value: Named, key: str, space: str) -> ClassTable:
+    table = value if isinstance(value, ClassTable) else resolve_table(value, key=key, space=space)
+    if table is None:
+        raise ConfigError(
+            f"{key}, {space!r}", expected="a class list", found="None", fix="Leave the label space out instead."
+        )
+    return table
 
 
 def _training_table(names: Sequence[str], space: str, registered_only: bool) -> ClassTable | None:

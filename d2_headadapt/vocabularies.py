@@ -30,6 +30,13 @@ def vocabulary(name: str, space: str = "thing") -> ClassTable:
 
     Raises:
         ClassTableError: no such vocabulary, or it has no table for ``space``.
+
+    Example:
+        >>> from d2_headadapt import vocabulary
+        >>> vocabulary("coco")
+        ClassTable(80 classes of vocabulary coco: person, bicycle, car, motorcycle, airplane, bus, ... (74 more))
+        >>> len(vocabulary("lvis_v1")), len(vocabulary("coco", "stuff"))
+        (1203, 54)
     """
     known = _vocabulary_key(name)
     if known is None:

@@ -31,16 +31,21 @@ predictor roi_heads text text.bundle text.problems text.preflight text.predictor
 tasks.backbones tasks.dry_run tasks.pooling tasks.classifier
 tasks.metrics tasks.metric_files tasks.evaluation tasks.drawing tasks.watching
 loading untrained checkpoint
-fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.rpn fit.dense fit.scores fit.text fit.boxes
-fit.masks
+fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.anchors fit.rpn fit.dense fit.scores
+fit.text fit.boxes fit.masks
 fit.tasks fit.calm fit.entry fit.report fit.training fit
-components configuring
+own_loop components configuring
+lazy.words lazy.loading lazy.tree lazy.counts lazy.mirror lazy.preparing lazy recipes
 doctor.context doctor.finding doctor.coco_json doctor.reading doctor.config_checks doctor.training_checks
 doctor.data_checks doctor.box_checks doctor.field_checks doctor.image_checks
 doctor.weights_checks doctor.resume_checks doctor.text_checks doctor.walking doctor.model_checks
 doctor.running doctor
 doctor.known_errors doctor.known_shapes doctor.known_messages doctor.explain
-launching evaluators engine adopting predicting exporting commands cli
+launching evaluators engine lazy.training
+adopting.configs adopting.models adopting.training adopting.said adopting.adoption adopting.scripts adopting
+predicting
+exporting.tables exporting.flat exporting.scripting exporting.formats exporting.parity exporting.entry exporting
+commands cli
 __init__ __main__
 """
 

@@ -171,10 +171,10 @@ def test_a_wheel_with_another_sum_stops_and_leaves_no_stamp(project: Path) -> No
     assert not list((project / ".venv").rglob("detectron2"))
 
 
-def test_a_complete_environment_is_used_as_it_is(project: Path) -> None:
-    """The stamp speaks for this script, this folder and this setup.py; a change of either is noticed."""
+def stamp_environment(project: Path, *lines: str) -> Path:
+    """A folder that looks like a complete environment, with the last lines of its stamp."""
     venv = project / ".venv"
-    venv.mkdir()
+    venv.mkdir(exist_ok=True)
     (venv / ".d2ha").touch()
 
     def digest(*names: str) -> str:
@@ -183,9 +183,14 @@ def test_a_complete_environment_is_used_as_it_is(project: Path) -> None:
 
     (venv / ".d2ha-complete").write_text(
         f"script {digest('tools/setup_env.sh')} at {project}\n"
-        f"package {digest('setup.py', 'pyproject.toml')}\n"
-        "detectron2 wheel\n"
+        f"package {digest('setup.py', 'pyproject.toml')}\n" + "".join(f"{line}\n" for line in lines)
     )
+    return venv
+
+
+def test_a_complete_environment_is_used_as_it_is(project: Path) -> None:
+    """The stamp speaks for this script, this folder and this setup.py; a change of either is noticed."""
+    venv = stamp_environment(project, "detectron2 wheel")
     result = setup_env(project, PYTHON="no-such-python")
     assert (result.returncode, result.stdout) == (0, f"setup_env: {venv} is ready\n")
 
@@ -194,9 +199,77 @@ def test_a_complete_environment_is_used_as_it_is(project: Path) -> None:
     assert_refused(setup_env(project, PYTHON="no-such-python"), "no interpreter")
 
 
+def git_source(folder: Path) -> tuple[Path, str]:
+    """A bare git directory with a ``setup.py``, and its commit."""
+    tree = folder / "tree"
+    (tree / "detectron2").mkdir(parents=True)
+    for name in ("setup.py", "detectron2/__init__.py"):
+        (tree / name).touch()
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tree)]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    subprocess.run(["git", "clone", "-q", "--bare", str(tree), str(folder / "bare")], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return folder / "bare", commit
+
+
+def test_a_folder_is_built_as_it_is(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    bare, commit = git_source(tmp_path_factory.mktemp("source"))
+    shim = interpreter(project, SUPPORTED)
+    settings = {"PYTHON": str(shim), "DETECTRON2": "git", "CXX": "true", "D2HA_NEED_MB": "1"}
+    said = setup_env(project, "--dry-run", DETECTRON2_REPO=str(bare), **settings)
+    assert said.returncode == 0, said.stderr
+    assert f"detectron2 built from commit {commit} of {bare}" in said.stdout
+    tree = tmp_path_factory.mktemp("tree")
+    refused = setup_env(project, "--dry-run", DETECTRON2_REPO=str(tree), **settings)
+    assert_refused(refused, "is neither a source tree nor a git directory of detectron2")
+    (tree / "setup.py").touch()
+    said = setup_env(project, "--dry-run", DETECTRON2_REPO=str(tree), **settings)
+    assert f"detectron2 built from folder {tree}" in said.stdout
+
+
+def test_another_commit_is_another_environment(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    bare, commit = git_source(tmp_path_factory.mktemp("source"))
+    stamp_environment(project, "detectron2 git", f"built from commit {commit} of {bare}")
+    settings = {"PYTHON": "no-such-python", "DETECTRON2": "git", "DETECTRON2_REPO": str(bare)}
+    assert setup_env(project, **settings).stdout.endswith("is ready\n")
+    stamp_environment(project, "detectron2 git", f"built from commit {commit[::-1]} of {bare}")
+    assert_refused(setup_env(project, **settings), "no interpreter")
+
+
+@pytest.mark.parametrize(("mode", "numpy"), [("wheel", 1), ("git", 2)])
+def test_what_is_built_here_takes_a_newer_numpy(mode: str, numpy: int) -> None:
+    script = SCRIPT.read_text()
+    pins = script[script.index("NUMPY_OF_GIT=") : script.index("\nPINS\n}\n")] + "\nPINS\n}\n"
+    shown = subprocess.run(
+        ["bash", "-c", f"mode={mode}\n{pins[: pins.index(chr(10))]}\n{pins[pins.index('pins() {') :]}pins"],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    found = [line for line in shown if line.startswith("numpy==")]
+    assert len(found) == 1 and found[0].startswith(f"numpy=={numpy}.")
+
+
+@pytest.mark.parametrize("source", ["", "/somewhere/detectron2"])
+def test_detectron2_s_main_branch_has_an_environment_of_its_own(project: Path, source: str) -> None:
+    shown = subprocess.run(
+        ["make", "-n", "test-main", f"D2HA_DETECTRON2_SRC={source}"], cwd=project, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    if not source:
+        ran = subprocess.run(["make", "test-main", "D2HA_DETECTRON2_SRC="], cwd=project, capture_output=True, text=True)
+        said = "test-main: not run, because D2HA_DETECTRON2_SRC names no source of detectron2\n"
+        assert (ran.returncode, ran.stdout) == (0, said)
+        return
+    order = ["tools/setup_env.sh", ".venv-main/bin/python tools/detectron2_tests.py", ".venv-main/bin/python -m pytest"]
+    places = [shown.stdout.index(words) for words in order]
+    assert places == sorted(places)
+    assert f"DETECTRON2=git DETECTRON2_REPO='{source}'" in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("target", "command"),
     [
+        ("detectron2-tests", "python tools/detectron2_tests.py"),
         ("test", "python -m pytest"),
         ("check", "mypy"),
         ("demo", "python -W ignore::FutureWarning tools/demo.py"),

@@ -9,8 +9,10 @@
 #   PYTHON           the interpreter to build on (default python3). When it already imports torch, torchvision, numpy
 #                    and detectron2, the environment is made over it: those four stay as they are.
 #   DETECTRON2       wheel (default): the checked wheel from PyPI, without compiled operators;
-#                    git: build a pinned upstream commit, with compiled operators (needs git and a C++ compiler).
-#   DETECTRON2_REPO  where DETECTRON2=git clones from, for a mirror
+#                    git: build a pinned upstream commit, with compiled operators (needs git and a C++ compiler),
+#                    beside a newer numpy.
+#   DETECTRON2_REPO  where DETECTRON2=git clones from, for a mirror; a folder (a source tree, or a git directory, of
+#                    which HEAD counts) is built as it is, and again when it has another commit
 #   VENV             where the environment goes (default .venv in the project)
 #   D2HA_NEED_MB     free disk to ask for, in MB, in place of this script's own figure
 #
@@ -27,6 +29,7 @@ VENV=${VENV:-.venv}
 case "$VENV" in /*) ;; *) VENV=$root/$VENV ;; esac
 UPSTREAM=${DETECTRON2_REPO:-https://github.com/facebookresearch/detectron2}
 UPSTREAM_COMMIT=02b5c4e295e990042a714712c21dc79b731e8833
+NUMPY_OF_GIT=2.4.6
 
 # Upstream commit a59f0563 of 2024-04-17. detectron2 itself is not on PyPI.
 WHEEL=sal-detectron2==0.7.2
@@ -44,9 +47,9 @@ PACKAGES="torch torchvision numpy fvcore iopath pycocotools
   hypothesis mypy pytest ruff types-pyyaml types-setuptools types-tabulate types-tqdm"
 
 # Every version, the indirect ones too. setuptools stays below 81 because detectron2 imports pkg_resources, numpy
-# below 2 because the detectron2 wheel asks for it.
+# below 2 because the detectron2 wheel asks for it; what is built here takes a newer one.
 pins() {
-  cat <<'PINS'
+  if [ "$mode" = git ]; then sed "s/^numpy==.*/numpy==$NUMPY_OF_GIT/"; else cat; fi <<'PINS'
 absl-py==2.5.1
 antlr4-python3-runtime==4.9.3
 ast-serialize==0.13.1
@@ -253,6 +256,18 @@ case "${DETECTRON2:-wheel}" in
   *) die "DETECTRON2 is '$DETECTRON2'; expected wheel or git" ;;
 esac
 
+# What DETECTRON2=git builds, as the stamp names it.
+origin="commit $UPSTREAM_COMMIT"
+if [ -d "$UPSTREAM" ]; then
+  UPSTREAM=$(cd "$UPSTREAM" && pwd)
+  if commit=$(git -C "$UPSTREAM" rev-parse -q --verify HEAD 2>/dev/null) &&
+    git -C "$UPSTREAM" cat-file -e HEAD:detectron2/__init__.py 2>/dev/null; then
+    origin="commit $commit of $UPSTREAM"
+  else
+    origin="folder $UPSTREAM"
+  fi
+fi
+
 # ------------------------------------------------------------------------------------------------ is it there already?
 
 stamp=$VENV/.d2ha-complete
@@ -287,7 +302,7 @@ install_package() {
   "$py" -W ignore -c 'import d2_headadapt'
   step_done
   current=
-  printf '%s\n' "$base_id" "$package_id" "detectron2 $mode" >"$stamp.new"
+  printf '%s\n' "$base_id" "$package_id" "detectron2 $mode" "$built" >"$stamp.new"
   mv "$stamp.new" "$stamp"
   say "$VENV is ready, after $SECONDS s"
 }
@@ -297,12 +312,13 @@ if [ -z "$dry_run" ] && command -v flock >/dev/null; then
   exec 9>"$VENV.lock" # two commands started at once would delete each other's half-made environment
   flock -n 9 || { say "waiting for another set-up of $VENV" && flock 9; }
 fi
-if has "$base_id" && { [ "${DETECTRON2:-}" != git ] || has "detectron2 git"; }; then
+if has "$base_id" && { [ "${DETECTRON2:-}" != git ] || has "built from $origin"; }; then
   if has "$package_id"; then
     say "$VENV is ready"
     exit 0
   elif [ -z "$dry_run" ]; then
     mode=$(sed -n 's/^detectron2 //p' "$stamp")
+    built=$(sed -n '/^built from /p' "$stamp")
     install_package
     exit 0
   fi
@@ -352,8 +368,13 @@ fi
 if [ "$mode" = git ]; then
   command -v git >/dev/null || die "DETECTRON2=git needs git"
   command -v "${CXX:-c++}" >/dev/null || die "DETECTRON2=git needs a C++ compiler; '${CXX:-c++}' is not there"
-  GIT_TERMINAL_PROMPT=0 git -c http.lowSpeedLimit=1000 -c http.lowSpeedTime=30 ls-remote "$UPSTREAM" HEAD \
-    >/dev/null 2>&1 || die "DETECTRON2=git: $UPSTREAM cannot be reached from here; DETECTRON2=wheel needs PyPI only"
+  if [ -d "$UPSTREAM" ]; then
+    [ -f "$UPSTREAM/setup.py" ] || [ "$origin" != "folder $UPSTREAM" ] ||
+      die "DETECTRON2=git: $UPSTREAM is neither a source tree nor a git directory of detectron2"
+  else
+    GIT_TERMINAL_PROMPT=0 git -c http.lowSpeedLimit=1000 -c http.lowSpeedTime=30 ls-remote "$UPSTREAM" HEAD \
+      >/dev/null 2>&1 || die "DETECTRON2=git: $UPSTREAM cannot be reached from here; DETECTRON2=wheel needs PyPI only"
+  fi
 fi
 
 if [ "$mode" = present ]; then
@@ -372,7 +393,7 @@ fi
 case "$mode" in
   present) what="over $PYTHON, whose torch, torchvision, numpy and detectron2 stay as they are" ;;
   wheel) what="with $PYTHON (Python $version) and detectron2 from the wheel $WHEEL" ;;
-  git) what="with $PYTHON (Python $version) and detectron2 built from commit $UPSTREAM_COMMIT" ;;
+  git) what="with $PYTHON (Python $version) and detectron2 built from $origin" ;;
 esac
 say "making $VENV $what"
 say "download at most $DOWNLOAD_MB MB, disk at most $DISK_MB MB ($need MB free while installing; $free MB are)"
@@ -437,8 +458,18 @@ fi
 "$py" -m pip install -q --no-build-isolation -c "$constraints" $PACKAGES
 
 if [ "$mode" = git ]; then
-  step "building detectron2 at $UPSTREAM_COMMIT (five to ten minutes on two cores)"
-  "$py" -m pip install -q --no-deps --no-build-isolation "detectron2 @ git+$UPSTREAM@$UPSTREAM_COMMIT"
+  step "building detectron2 from $origin (five to ten minutes on two cores)"
+  what="detectron2 @ git+$UPSTREAM@$UPSTREAM_COMMIT"
+  if [ -d "$UPSTREAM" ]; then # a copy, because building writes into the folder
+    what=$VENV/tmp/detectron2
+    mkdir "$what"
+    if [ -f "$UPSTREAM/setup.py" ]; then
+      tar c -C "$UPSTREAM" --exclude=./.git --exclude=./build --exclude='*.so' . | tar x -C "$what"
+    else
+      git -C "$UPSTREAM" archive HEAD | tar x -C "$what"
+    fi
+  fi
+  "$py" -m pip install -q --no-deps --no-build-isolation "$what"
 fi
 if [ "$mode" = present ] && [ "$before" != "$("$py" -W ignore -c "$FOUR")" ]; then
   die "torch, torchvision, numpy or detectron2 is no longer the one of $PYTHON"
@@ -448,5 +479,7 @@ step "checking that it imports and that the packages agree"
 check_agreement
 rm -rf "$VENV/tmp"
 unset TMPDIR
-printf '%s\n' "$base_id" "detectron2 $mode" >"$stamp" # all but the package line, without which it is not complete
+built=
+[ "$mode" != git ] || built="built from $origin"
+printf '%s\n' "$base_id" "detectron2 $mode" "$built" >"$stamp" # all but the package line, without which it is not complete
 install_package

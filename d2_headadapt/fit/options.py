@@ -38,6 +38,14 @@ class FitSettings:
         confident: a region that no label explains is left out where a carried class has at least this probability.
         cache_mb: memory for backbone features between passes; images beyond it are computed again.
         seed: chooses images, regions and held-out images. No global random stream is touched.
+
+    Example:
+        >>> from d2_headadapt.fit import FitSettings
+        >>> FitSettings(images=50, mirror=False).images
+        50
+        >>> FitSettings(rpn="sometimes")
+        Traceback (most recent call last):
+        d2_headadapt.errors.ConfigError: MODEL.HEAD_ADAPT.FIT.RPN: expected one of auto, always, never, found ...
     """
 
     images: int = 300

@@ -44,5 +44,16 @@ class ConvNet(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_conv_net_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConvNet:
-    """The network whose channels ``MODEL.CONV_NET.CHANNELS`` lists."""
+    """The network whose channels ``MODEL.CONV_NET.CHANNELS`` lists.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> from detectron2.modeling import build_backbone
+        >>> from d2_headadapt import add_headadapt_config
+        >>> cfg = get_cfg()
+        >>> add_headadapt_config(cfg)
+        >>> cfg.MODEL.BACKBONE.NAME, cfg.MODEL.CONV_NET.CHANNELS = "build_conv_net_backbone", [16, 32]
+        >>> build_backbone(cfg).output_shape()
+        {'conv2': ShapeSpec(channels=32, height=None, width=None, stride=4)}
+    """
     return ConvNet(input_shape.channels, list(cfg.MODEL.CONV_NET.CHANNELS))

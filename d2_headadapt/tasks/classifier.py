@@ -43,6 +43,22 @@ class MultiTaskClassifier(nn.Module):
 
     An image that is smaller than its batch is padded, and only its own cells are pooled: its scores do not depend on
     the other images of the batch beyond the border of a convolution.
+
+    Example:
+        >>> import torch
+        >>> from detectron2.config import CfgNode, get_cfg
+        >>> from detectron2.modeling import build_model
+        >>> from d2_headadapt import add_headadapt_config
+        >>> cfg = get_cfg()
+        >>> add_headadapt_config(cfg)
+        >>> cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = "cpu", "MultiTaskClassifier"
+        >>> cfg.MODEL.BACKBONE.NAME, cfg.MODEL.CONV_NET.CHANNELS = "build_conv_net_backbone", [4, 8]
+        >>> cfg.MODEL.TASKS.genre = CfgNode({"on": "image", "classes": ["portrait", "landscape", "abstract"]})
+        >>> model = build_model(cfg).eval()
+        >>> with torch.no_grad():
+        ...     [output] = model([{"image": torch.zeros(3, 64, 64)}])
+        >>> output["scores_genre"].shape, int(output["pred_genre"]) in range(3)
+        (torch.Size([3]), True)
     """
 
     device = GeneralizedRCNN.device
@@ -177,7 +193,8 @@ class MultiTaskClassifier(nn.Module):
         Raises:
             ConfigError: maps of another size than flattened features are made for.
         """
-        padded = (int(images.shape[-2]), int(images.shape[-1]))
+        # As shapes are, not as int(): tracing would write the size of its one image into the graph.
+        padded = (images.shape[-2], images.shape[-1])
         sizes = [padded] * len(images) if image_sizes is None else image_sizes
         return self._kept(self.heads(self.image_features(self.backbone(images), padded, sizes)), len(images))
 
@@ -193,8 +210,9 @@ class MultiTaskClassifier(nn.Module):
         """
         own = maps[self.in_feature]
         height, width = own.shape[-2:]
-        cells = [(math.ceil(h * height / padded[0]), math.ceil(w * width / padded[1])) for h, w in image_sizes]
-        if len(set(cells)) == 1:
+        # Rounded up by whole numbers, which tracing can follow.
+        cells = [(-(-h * height // padded[0]), -(-w * width // padded[1])) for h, w in image_sizes]
+        if len(cells) == 1 or len(set(cells)) == 1:
             return self._pooled(own[:, :, : cells[0][0], : cells[0][1]])
         return torch.cat([self._pooled(own[i : i + 1, :, :h, :w]) for i, (h, w) in enumerate(cells)])
 
@@ -297,8 +315,8 @@ class MultiTaskClassifier(nn.Module):
         for head in self.heads:
             name = head.spec.name
             scores = head.scores(logits[name])
-            best, marked = scores.argmax(dim=1).tolist(), (scores >= 0.5).tolist()
+            chosen = head.chosen(scores).tolist()
             for i, out in enumerate(found):
                 out["tasks"][name] = out[f"scores_{name}"] = scores[i]
-                out[f"pred_{name}"] = [k for k, on in enumerate(marked[i]) if on] if head.spec.multi else best[i]
+                out[f"pred_{name}"] = [k for k, on in enumerate(chosen[i]) if on] if head.spec.multi else chosen[i]
         return found

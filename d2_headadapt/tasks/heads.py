@@ -60,6 +60,10 @@ class TaskHead(nn.Module):
         """Probabilities (N, K): of one class each (softmax), or class by class (sigmoid)."""
         return logits.sigmoid() if self.spec.multi else logits.softmax(dim=-1)
 
+    def chosen(self, scores: torch.Tensor) -> torch.Tensor:
+        """The best class (N,) int64; where several labels are possible (N, K) bool, each whose score is 0.5 or more."""
+        return scores >= 0.5 if self.spec.multi else scores.argmax(dim=1)
+
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy over what is labelled; zero, with a graph, where nothing is.
 

@@ -72,6 +72,16 @@ def task_specs(cfg: CfgNode, *, on: str | None = None, registered_only: bool = F
     Raises:
         ConfigError: a task, or a key of one, that cannot be used.
         ClassTableError, DatasetError: its classes cannot be found.
+
+    Example:
+        >>> from detectron2.config import CfgNode, get_cfg
+        >>> from d2_headadapt import add_headadapt_config
+        >>> from d2_headadapt.tasks.spec import task_specs
+        >>> cfg = get_cfg()
+        >>> add_headadapt_config(cfg)
+        >>> cfg.MODEL.TASKS.colour = CfgNode({"on": "box", "classes": ["red", "blue"], "loss_weight": 0.5})
+        >>> [(spec.name, spec.table.names, spec.kind) for spec in task_specs(cfg)]
+        [('colour', ('red', 'blue'), 'single')]
     """
     found: list[TaskSpec] = []
     for name, node in cfg.MODEL.get("TASKS", {}).items():
