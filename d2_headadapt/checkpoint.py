@@ -100,7 +100,6 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self._open: dict[str, tuple[str, ...]] = {}
         self._origin = ""
         self._resumes: set[str] = set()
-        self._resuming = False
         self._own_file = False
         self._agreed = False
 

@@ -201,14 +201,27 @@ def _say_what_wins(cfg: CfgNode, target: ClassTable, space: str) -> None:
 
 
 @contextmanager
-def registered_names() -> Iterator[None]:
-    """Turn fvcore's KeyError for a component that nobody registered into a message that says what to type."""
+def building() -> Iterator[None]:
+    """Turn what a model's constructor raises, and fvcore for a component that nobody registered, into a message.
+
+    Raises:
+        ConfigError: with the line of code that failed, because keys of somebody's component are known to it alone.
+    """
     try:
         yield
-    except KeyError as exc:
+    except HeadAdaptError:
+        raise
+    except Exception as exc:
         found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(exc))
         if found is None:
-            raise
+            last = traceback.extract_tb(exc.__traceback__)[-1]
+            text = " ".join(f"{type(exc).__name__}: {exc}".split())
+            raise ConfigError(
+                "config",
+                expected="a model that can be built",
+                found=f"{text[:300]} (line {last.lineno} of {last.filename})",
+                fix="Correct the keys under MODEL that this line is about.",
+            ) from exc
         raise ConfigError(
             f"config, {found[2]}",
             expected="the name of a registered component",
@@ -222,7 +235,7 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
     on_meta = cfg.clone()
     on_meta.defrost()
     on_meta.MODEL.DEVICE = "meta"
-    with registered_names():
+    with building():
         try:
             with torch.device("meta"):
                 model: nn.Module = build_model(on_meta)

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
-from .configuring import load_config, registered_names, resolve_config
+from .configuring import building, load_config, resolve_config
 from .doctor.running import examine_before_training
 from .errors import PlanRefused
 from .evaluators import build_evaluator as build_evaluator
@@ -77,7 +77,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        with registered_names():
+        with building():
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg))
         frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
@@ -16,13 +16,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .classes import ClassTable
-from .configuring import build_on_meta, load_config, registered_names, resolve_config
+from .configuring import build_on_meta, load_config, building, resolve_config
 from .fit.images import Mapper
 from .fit.training import mapper_at_test_size, training_dicts
 from .lazy.loading import load
 from .lazy.mirror import mirror_of
 from .lazy.preparing import prepare
-from .lazy.tree import calls, select, target_of
+from .lazy.tree import built, calls, select, target_of
 from .lazy.words import is_lazy_file
 from .settings import AdaptSettings, apply_num_classes, attach_settings
 
@@ -41,7 +41,7 @@ class Recipe:
 
     def build(self) -> nn.Module:
         """The model on ``MODEL.DEVICE``, as its constructors leave it, with the settings attached."""
-        with registered_names():
+        with building():
             model: nn.Module = build_model(self.config)
         attach_settings(model, self.settings)
         return model
@@ -61,7 +61,7 @@ class Recipe:
         for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.get("FCOS", {})):
             if "SCORE_THRESH_TEST" in node:
                 node.SCORE_THRESH_TEST = 0.0
-        with registered_names(), torch.random.fork_rng(devices=[]):
+        with building(), torch.random.fork_rng(devices=[]):
             model: nn.Module = build_model(cfg)
         return model
 
@@ -99,15 +99,15 @@ class LazyRecipe(Recipe):
     lazy: DictConfig
 
     def build(self) -> nn.Module:
-        model: nn.Module = instantiate(self.lazy.model)
+        model: nn.Module = built(self.lazy.model, "model")
         return model.to(self.config.MODEL.DEVICE)
 
     def build_on_meta(self) -> nn.Module:
         try:
             with torch.device("meta"):
-                model: nn.Module = instantiate(self.lazy.model)
+                model: nn.Module = built(self.lazy.model, "model")
         except (NotImplementedError, RuntimeError):
-            model = instantiate(self.lazy.model)
+            model = built(self.lazy.model, "model")
         return model
 
     def build_small(self) -> nn.Module:
@@ -119,13 +119,13 @@ class LazyRecipe(Recipe):
             if "post_nms_topk" in node:
                 node.post_nms_topk = (8, 8)
         with torch.random.fork_rng(devices=[]):
-            model: nn.Module = instantiate(tree)
+            model: nn.Module = built(tree, "model")
         return model
 
     def training_dicts(self) -> list[dict[str, Any]]:
         if self.config.DATASETS.TRAIN:
             return training_dicts(self.config)
-        dicts: list[dict[str, Any]] = instantiate(self.lazy.dataloader.train.dataset)
+        dicts: list[dict[str, Any]] = built(self.lazy.dataloader.train.dataset, "dataloader.train.dataset")
         return dicts
 
     def mapper_at_test_size(self) -> Mapper:
@@ -136,13 +136,17 @@ class LazyRecipe(Recipe):
             return mapper_at_test_size(self.config)
         node = copy.deepcopy(node)
         node.augmentations = copy.deepcopy(select(self.lazy, "dataloader.test.mapper", {}).get("augmentations", []))
-        mapper: Mapper = instantiate(node)
+        mapper: Mapper = built(node, "dataloader.train.mapper")
         return mapper
 
     def test_augmentations(self) -> list[Any]:
         mapper = select(self.lazy, "dataloader.test.mapper")
         found = mapper.get("augmentations") if isinstance(mapper, DictConfig) else None
-        return list(instantiate(found)) if found is not None else super().test_augmentations()
+        return (
+            list(built(found, "dataloader.test.mapper.augmentations"))
+            if found is not None
+            else super().test_augmentations()
+        )
 
     def with_tables(self, tables: Mapping[str, ClassTable]) -> LazyRecipe:
         cfg = self.config.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import difflib
 import logging
@@ -10,10 +11,11 @@ import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from detectron2.config import LazyConfig
-from omegaconf import DictConfig, OmegaConf
+from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..components import import_components
 from ..entries import absolute_entries
@@ -58,9 +60,25 @@ def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()
             found=f"the nodes {', '.join(map(str, cfg)) or 'none'}",
             fix="Write model = L(...)(...), or import one: from .base import model.",
         )
+    if NODE not in cfg:
+        _refuse_lost_node(config_file)
     _override(cfg, opts)
     make_absolute(cfg.get(NODE), os.getcwd())
     return cfg
+
+
+def _refuse_lost_node(config_file: str) -> None:
+    """Raise where the file has a ``head_adapt`` that is no dict: detectron2 leaves such a value out of a config."""
+    with PathManager.open(config_file) as file:
+        statements = ast.parse(file.read()).body
+    named = [one for one in statements if isinstance(one, ast.Assign) and NODE in map(ast.unparse, one.targets)]
+    if named:
+        raise ConfigError(
+            f"{config_file}, line {named[-1].lineno}, {NODE}",
+            expected="a dict of keys",
+            found=ast.unparse(named[-1].value),
+            fix=f'Write {NODE} = dict(source_classes="coco"), or leave it out.',
+        )
 
 
 def is_lazy(cfg: Any) -> bool:
@@ -123,10 +141,10 @@ def make_absolute(node: Any, folder: str) -> None:
         folder: what a path is relative to.
     """
     entries = node.get("register") if isinstance(node, (dict, DictConfig)) else None
-    if entries is None or isinstance(entries, str):
-        return
-    plain = OmegaConf.to_container(entries, resolve=True) if OmegaConf.is_config(entries) else list(entries)
-    node["register"] = absolute_entries(plain, folder) if isinstance(plain, list) else plain
+    # What is no list is refused where the node is read.
+    if isinstance(entries, (list, tuple, ListConfig)):
+        plain = OmegaConf.to_container(entries, resolve=True) if OmegaConf.is_config(entries) else entries
+        node["register"] = absolute_entries(cast("list[Any]", plain), folder)
 
 
 def _not_loaded(config_file: str, exc: Exception) -> ConfigError:

@@ -18,7 +18,7 @@ from ..configuring import merge
 from ..errors import ConfigError
 from ..predictor import PREDICTOR_REGISTRY
 from ..settings import NUM_CLASSES_KEYS
-from ..tasks.spec import complete_tasks
+from ..tasks.spec import checked_task, complete_tasks
 from .counts import class_counts
 from .loading import NODE
 from .tree import calls, names_in, select, target_of
@@ -60,8 +60,8 @@ def _node(cfg: CfgNode, section: str) -> CfgNode:
 def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
     cfg.MODEL.META_ARCHITECTURE = getattr(target_of(model), "__name__", str(target_of(model)))
     heads = model.get("roi_heads")
-    cfg.MODEL.MASK_ON = isinstance(heads, DictConfig) and heads.get("mask_head") is not None
-    cfg.MODEL.KEYPOINT_ON = isinstance(heads, DictConfig) and heads.get("keypoint_head") is not None
+    cfg.MODEL.MASK_ON = _has_head(heads, "mask")
+    cfg.MODEL.KEYPOINT_ON = _has_head(heads, "keypoint")
     if target_of(heads) is not None:
         cfg.MODEL.ROI_HEADS.NAME = target_of(heads).__name__
     for _, call in calls(heads):
@@ -75,6 +75,13 @@ def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
         parent = _parent(cfg, section)
         if found and parent is not None and last in parent:
             parent[last] = found[0]
+
+
+def _has_head(heads: Any, kind: str) -> bool:
+    """Whether ROI heads have one of masks or keypoints: ``in_features`` of ``None`` switch it off."""
+    if not isinstance(heads, DictConfig) or heads.get(f"{kind}_head") is None:
+        return False
+    return f"{kind}_in_features" not in heads or heads[f"{kind}_in_features"] is not None
 
 
 def _parent(cfg: CfgNode, section: str) -> CfgNode | None:
@@ -109,16 +116,29 @@ def _read_node(cfg: CfgNode, node: Any) -> None:
             NODE, expected="a dict of keys", found=repr(node), fix=f'Write {NODE} = dict(source_classes="coco").'
         )
     values = cast("dict[Any, Any]", OmegaConf.to_container(node, resolve=True))
-    beside = {key: values.pop(key) for key in BESIDE if values.get(key) is not None}
+    beside = {key: values.pop(key) for key in BESIDE if key in values}
     known = dict(_known(cfg.MODEL.HEAD_ADAPT))
     own = _upper(values, known, NODE, [*known, *BESIDE])
     merge(cfg, NODE, lambda: cfg.merge_from_other_cfg(CfgNode({"MODEL": {"HEAD_ADAPT": own}})))
-    for key, value in beside.items():
-        section, last = BESIDE[key]
-        if not isinstance(value, type(cfg[section][last])) and not isinstance(value, (dict, list)):
-            raise ConfigError(f"{NODE}.{key}", expected="a list or a dict", found=repr(value), fix="Correct the value.")
-        cfg[section][last] = CfgNode(value, new_allowed=True) if isinstance(value, dict) else value
+    _read_beside(cfg, beside)
     complete_tasks(cfg)
+
+
+def _read_beside(cfg: CfgNode, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        section, last = BESIDE[key]
+        if value is None:
+            continue
+        kind, example = (list, "[dict(name=...)]") if key == "register" else (dict, 'dict(colour=dict(on="box"))')
+        if not isinstance(value, kind):
+            raise ConfigError(
+                f"{NODE}.{key}", expected=f"a {kind.__name__}", found=repr(value), fix=f"Write {key}={example}."
+            )
+        if isinstance(value, dict):
+            for name, task in value.items():
+                checked_task(name, task)
+            value = CfgNode(value, new_allowed=True)
+        cfg[section][last] = value
 
 
 def _known(node: CfgNode) -> Iterator[tuple[str, Any]]:
@@ -144,5 +164,14 @@ def _upper(values: Mapping[Any, Any], known: Mapping[str, Any], place: str, name
                 )
             inner = dict(_known(default))
             value = _upper(value, inner, f"{place}.{key}", list(inner))
+        elif isinstance(default, float) and type(value) is int:
+            value = float(value)
+        elif type(value) is not type(default) if default is not None else isinstance(value, Mapping):
+            raise ConfigError(
+                f"{place}.{key}",
+                expected=f"a value like {default!r} ({type(default).__name__})" if default is not None else "no dict",
+                found=f"{value!r} ({type(value).__name__})",
+                fix="Correct it, or leave the key out for its default.",
+            )
         made[str(key).upper()] = value
     return made

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from detectron2.config import instantiate
 from detectron2.engine import (
     AMPTrainer,
     HookBase,
@@ -21,7 +20,7 @@ from detectron2.engine import (
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import HeadAdaptCheckpointer
@@ -38,7 +37,7 @@ from ..tasks.spec import task_specs
 from ..tasks.watching import UntrainedHeads
 from .loading import load
 from .preparing import prepare
-from .tree import names_in, select
+from .tree import built, names_in, select, target_of
 from .words import is_lazy_file, lazy_words
 
 logger = logging.getLogger(__name__)
@@ -73,12 +72,51 @@ def setup(args: argparse.Namespace) -> LazyRecipe:
             fix="For a yaml, use tools/train_net.py.",
         )
     lazy = load(args.config_file, args.opts, args.imports)
-    lazy.train = OmegaConf.merge(OmegaConf.create(DEFAULTS, flags={"allow_objects": True}), lazy.get("train") or {})
+    _complete(lazy)
+    _check_evaluation(lazy)
     # What is settled is said, and before the config is dumped.
     setup_logger(lazy.train.output_dir, distributed_rank=comm.get_rank(), name="d2_headadapt")
     made = prepare(lazy)
     default_setup(lazy, args)
     return LazyRecipe(made.config, made.settings, lazy)
+
+
+def _complete(lazy: DictConfig) -> None:
+    """Write what ``train`` leaves out, in place."""
+    given = lazy.get("train") or {}
+    for key, default in DEFAULTS.items():
+        value = given.get(key, default)
+        if value is None and default == "":
+            given[key] = default
+        elif not isinstance(value, DictConfig if isinstance(default, dict) else type(default)):
+            raise ConfigError(
+                f"train.{key}",
+                expected=f"a value like {default!r}",
+                found=f"{value!r} ({type(value).__name__})",
+                fix="Correct it, or leave it out for this value.",
+            )
+    lazy.train = OmegaConf.merge(OmegaConf.create(DEFAULTS, flags={"allow_objects": True}), given)
+
+
+def _check_evaluation(lazy: DictConfig) -> None:
+    """Raise for what an evaluation would stumble over: it comes after the training."""
+    if select(lazy, "dataloader.test") is None:
+        return
+    evaluator = select(lazy, "dataloader.evaluator")
+    several = isinstance(evaluator, ListConfig)
+    for key, found in (
+        ("dataloader.test", [lazy.dataloader.test]),
+        ("dataloader.evaluator", list(evaluator) if several else [] if evaluator is None else [evaluator]),
+    ):
+        if not all(target_of(one) for one in found):
+            raise ConfigError(
+                key,
+                expected="one LazyCall" if key.endswith("test") else "a LazyCall, or a list of them",
+                found=shorten([str(one) for one in found], 1),
+                fix="Evaluate on one dataset in a run, and on another with --eval-only and another config."
+                if key.endswith("test")
+                else "Write dataloader.evaluator = L(COCOEvaluator)(dataset_name=...), or leave it out.",
+            )
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -104,11 +142,13 @@ def evaluate(recipe: LazyRecipe, model: nn.Module) -> dict[str, Any]:
     Without that node the dataset's ``evaluator_type`` decides, as it does for a yaml. Tasks have an evaluator of their
     own, unless the node has one.
     """
-    loader, evaluator = select(recipe.lazy, "dataloader.test"), _evaluator(recipe)
-    if loader is None or evaluator is None:
+    loader = select(recipe.lazy, "dataloader.test")
+    # Not before the loader is there: the evaluator of detectron2's own configs takes its dataset from it.
+    evaluator = None if loader is None else _evaluator(recipe)
+    if evaluator is None:
         logger.info("Nothing is evaluated: the config has no dataloader.test.")
         return {}
-    results: dict[str, Any] = inference_on_dataset(model, instantiate(loader), evaluator)
+    results: dict[str, Any] = inference_on_dataset(model, built(loader, "dataloader.test"), evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -119,7 +159,7 @@ def _evaluator(recipe: LazyRecipe) -> DatasetEvaluator | list[DatasetEvaluator] 
     node = recipe.lazy.dataloader.evaluator if node is not None else None
     if node is None:
         return build_evaluator(recipe.config, _only(names)) if names else None
-    made = instantiate(node)
+    made = built(node, "dataloader.evaluator")
     evaluators: list[DatasetEvaluator] = [made] if isinstance(made, DatasetEvaluator) else list(made)
     specs = task_specs(recipe.config, registered_only=True)
     if specs:
@@ -155,8 +195,8 @@ def train(recipe: LazyRecipe, resume: bool) -> None:
         logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))
     logger.info("Model:\n%s", model)
     lazy.optimizer.params.model = model
-    optimizer = instantiate(lazy.optimizer)
-    loader = instantiate(lazy.dataloader.train)
+    optimizer = built(lazy.optimizer, "optimizer")
+    loader = built(lazy.dataloader.train, "dataloader.train")
     # Stock passes device_ids, which DDP refuses for models on CPUs.
     on_cpu = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
     wrapped: nn.Module = create_ddp_model(model, **lazy.train.ddp, **on_cpu)
@@ -187,7 +227,7 @@ def _hooks(recipe: LazyRecipe, model: nn.Module, checkpointer: HeadAdaptCheckpoi
         fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
         rows = checkpointer.rows_to_fit
         found.append(FitHook(recipe.training_dicts, recipe.mapper_at_test_size(), rows, fit, calm))
-    found += [hooks.IterationTimer(), hooks.LRScheduler(scheduler=instantiate(lazy.lr_multiplier))]
+    found += [hooks.IterationTimer(), hooks.LRScheduler(scheduler=built(lazy.lr_multiplier, "lr_multiplier"))]
     if main_process:
         found.append(hooks.PeriodicCheckpointer(checkpointer, **lazy.train.checkpointer))
     found.append(hooks.EvalHook(lazy.train.eval_period, _evaluation(recipe, model)))

@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from detectron2.config import instantiate
 from detectron2.utils.registry import _convert_target_to_string, locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import ConfigError, HeadAdaptError
+
+
+def built(node: Any, path: str) -> Any:
+    """What a node of a LazyConfig makes.
+
+    Args:
+        node: a LazyCall, or a list of them.
+        path: its dotted path, for messages.
+
+    Raises:
+        ConfigError: a call refuses its arguments; names the innermost one. What else a function raises passes through.
+    """
+    try:
+        return instantiate(node)
+    except (HeadAdaptError, OmegaConfBaseException):
+        raise
+    except (TypeError, AttributeError, KeyError, ValueError, AssertionError, ImportError) as exc:
+        called, line = None, ""
+        for frame, number in traceback.walk_tb(exc.__traceback__):
+            if frame.f_code is _INSTANTIATE:
+                called = frame.f_locals.get("cls", called)
+            line = f"{frame.f_code.co_filename}, line {number}"
+        called = called.shown if isinstance(called, Call) else called
+        where = next((inner for inner, call in calls(node) if called is not None and target_of(call) == called), "")
+        raise ConfigError(
+            f"{path}.{where}" if where else path,
+            expected=f"arguments that {getattr(called, '__name__', 'its _target_')} can be called with",
+            found=f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]} ({line})",
+            fix="Correct the arguments of that node, or its _target_.",
+        ) from exc
+
+
+_INSTANTIATE = instantiate.__code__
 
 
 class Call:
@@ -56,7 +94,18 @@ def target_of(node: Any) -> Any:
     found = node._target_
     if isinstance(found, Call):
         return found.shown
-    return locate(found) if isinstance(found, str) else found
+    if not isinstance(found, str):
+        return found
+    try:
+        return locate(found)
+    except Exception as exc:
+        # The module's own import may raise anything.
+        raise ConfigError(
+            f"_target_ {found!r}",
+            expected="the full name of a class or function that can be imported",
+            found=f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}",
+            fix="Correct it, as in detectron2.modeling.GeneralizedRCNN.",
+        ) from exc
 
 
 def calls(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:

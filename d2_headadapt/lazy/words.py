@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import HeadAdaptError
+import yaml
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import ConfigError, HeadAdaptError
 
 MIRRORED: Mapping[str, str] = {
     "OUTPUT_DIR": "train.output_dir",
@@ -54,23 +58,70 @@ _LONGEST_FIRST = "|".join(re.escape(key) for key in sorted(NAMED, key=len, rever
 _KEY = re.compile(
     rf"(?<![\w.'])(?:MODEL\.HEAD_ADAPT(?P<own>(?:\.[A-Z][A-Z_]*)*)|(?P<other>{_LONGEST_FIRST})(?![A-Z_]))"
 )
-_LAZY = r"(?:head_adapt|train|optimizer|dataloader|model)\.[\w.]+"
-_GIVEN = re.compile(
-    rf"\b([Ss]et|[Ww]rite|[Aa]dd|type:|Type:) ({_LAZY}):? "
-    r"(?!(?:to|above|below|higher|lower|for|in|under|and|or)\b)(\"[^\"]*\"|\[[^]]*\]|[^\s\[\]]+?)(?=[.,;:)]*(?:\s|$))"
+# A yaml's switches; in a tree of calls a head is off without its features.
+_SWITCHES = (
+    (r"MODEL\.MASK_ON False", "model.roi_heads.mask_in_features null"),
+    (r"MODEL\.KEYPOINT_ON False", "model.roi_heads.keypoint_in_features null"),
+    (r"MODEL\.MASK_ON is True", "the model has a mask head"),
+    (r"MODEL\.KEYPOINT_ON is True", "the model has a keypoint head"),
 )
+_LAZY = r"(?:head_adapt|train|optimizer|dataloader|model)\.[\w.]+"
+_NO_VALUE = (
+    "to|above|below|higher|lower|for|in|under|and|or|is|are|was|has|have|names|does|of|at|from|with|as|wins|which|that"
+)
+_GIVEN = re.compile(
+    rf"((?:\b(?:[Ss]et|[Ww]rite|[Aa]dd|[Tt]ype|or) |: |type: |<code>)(?:{_LAZY})):? "
+    rf"(?!(?:{_NO_VALUE})(?:[\s,;]|$)|=)"
+    r"(\"[^\"]*\"|&quot;.*?&quot;|\[[^]]*\]|\([^)]*\)|[^\s\[\]<]+?)(?=[.,;:)]*(?:\s|$|<))"
+)
+_QUOTED = re.compile(rf"({_LAZY}) (\"[^\"]*\")")
+# A list is a tuple in a yaml's command line, which Hydra's grammar has not.
+_TUPLE = re.compile(rf"({_LAZY}=\"?)\(([^)]*?),?\)")
+_TARGET = re.compile(r"(?<=_target_=)(?P<ours>HeadAdapt\w+|MultiTask\w+)|(?<=_target_=)(?P<stock>[A-Z]\w+)")
+# The word alone: not the end of a file's name.
+_YAML = re.compile(r"(?<![\w./\\'-])yaml\b")
+_MAPPING = re.compile(r"(?:\b(?P<name>\w+): )?(?P<mapping>\{(?:[^{}]|\{[^{}]*\})*\})")
 
 
 def in_lazy_words(text: str) -> str:
     """``text`` with every key as a LazyConfig calls it, and with values that are to be typed as ``key=value``."""
+    for said, meant in _SWITCHES:
+        text = re.sub(said, meant, text)
     text = _KEY.sub(lambda m: NAMED[m["other"]] if m["other"] else f"head_adapt{m['own'].lower()}", text)
-    return re.sub(r"\byaml\b", ".py", _GIVEN.sub(r"\1 \2=\3", text))
+    text = _TUPLE.sub(r"\1[\2]", _QUOTED.sub(r"\1=\2", _GIVEN.sub(r"\1=\2", text)))
+    text = _TARGET.sub(lambda m: f"d2_headadapt.{m['ours']}" if m["ours"] else f"detectron2.modeling.{m[0]}", text)
+    return _YAML.sub(".py", text)
+
+
+def as_python(text: str) -> str:
+    """``text`` with each mapping that is to be written, ``{on: box}``, as python has it: ``dict(on="box")``."""
+
+    def written(match: re.Match[str]) -> str:
+        try:
+            value = yaml.safe_load(match["mapping"])
+        except yaml.YAMLError:
+            return match[0]
+        if not isinstance(value, dict) or None in value.values():
+            return match[0]
+        return f"{match['name']}={_python(value)}" if match["name"] else _python(value)
+
+    return _MAPPING.sub(written, text)
+
+
+def _python(value: Any) -> str:
+    if isinstance(value, dict):
+        # A bare `on` is a truth value in YAML 1.1.
+        pairs = (("on" if key is True else key, _python(inner)) for key, inner in value.items())
+        return f"dict({', '.join(f'{key}={inner}' for key, inner in pairs)})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_python, value))}]"
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def lazy_error(error: HeadAdaptError) -> HeadAdaptError:
     """The same error, of the same class, in the words of a LazyConfig."""
-    fields = {name: in_lazy_words(getattr(error, name)) for name in ("expected", "found", "fix")}
-    return type(error)(in_lazy_words(error.where), **fields)
+    expected, fix = (as_python(in_lazy_words(text)) for text in (error.expected, error.fix))
+    return type(error)(in_lazy_words(error.where), expected=expected, found=in_lazy_words(error.found), fix=fix)
 
 
 @contextmanager
@@ -93,8 +144,20 @@ def lazy_words(config_file: str) -> Iterator[None]:
         yield
     except HeadAdaptError as error:
         raise lazy_error(error) from error
+    except OmegaConfBaseException as error:
+        raise unresolved(error, config_file) from error
     finally:
         logging.setLogRecordFactory(factory)
+
+
+def unresolved(error: OmegaConfBaseException, config_file: str) -> ConfigError:
+    """What an interpolation that leads nowhere, or a missing value, amounts to."""
+    return ConfigError(
+        str(error.full_key or config_file),
+        expected="a value, or an interpolation of one that exists",
+        found=str(error).splitlines()[0],
+        fix="Correct it, or write the value itself.",
+    )
 
 
 def is_lazy_file(config_file: str) -> bool:
