@@ -501,7 +501,13 @@ MARKER = str(100_000 + os.getpid())  # seconds nobody else sleeps
 
 def interrupted(box: Box, sent: signal.Signals, **env: str) -> int:
     """The exit status of a run that gets a signal while MARKER's sleep lasts; none of its processes is left."""
-    with subprocess.Popen(box.words(), stdout=subprocess.DEVNULL, env={**os.environ, **env}) as running:
+    with subprocess.Popen(
+        box.words(),
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **env},
+        # Whoever runs the tests in the background of a shell has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as running:
         try:
             assert waited_for(sleepers)
             running.send_signal(sent)
