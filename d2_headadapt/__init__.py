@@ -12,12 +12,13 @@ if getattr(_util.find_spec("detectron2"), "origin", None) is None:
     )
 
 from .checkpoint import HeadAdaptCheckpointer
-from .classes import ClassMap, ClassTable, match_classes
+from .classes import ClassMap, ClassTable
 from .config import add_headadapt_config
 from .engine import Trainer
 from .errors import HeadAdaptError
 from .layout_registry import layouts_of, register_head_layout
 from .layouts import HeadLayout
+from .matching import match_classes
 from .own_loop import adapt_state_dict, fit_rows
 from .plan import AdaptPlan, TensorPlan
 from .planning import plan_adaptation

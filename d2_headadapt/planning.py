@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from .classes import ClassMap, ClassTable, match_classes, parse_aliases
+from .classes import ClassMap, ClassTable
 from .errors import ClassTableError
 from .groups import HeadGroup
 from .layouts import HeadLayout
+from .matching import match_classes, parse_aliases
 from .plan import AdaptPlan, Shape, TensorPlan
 from .vocabularies import reviewed_pairs, synonyms_of
 
@@ -38,7 +39,7 @@ def plan_adaptation(
         source_tables, target_tables: class tables by label space, where known.
         source_layouts: of the file, from its provenance; what they do not name is taken to be of the model's kind
             and checked against the table's size.
-        aliases, match: see :func:`d2_headadapt.classes.match_classes`.
+        aliases, match: see :func:`d2_headadapt.matching.match_classes`.
         initialise: label spaces whose head groups keep the model's initial values whatever the file holds.
         dropped: names of the file that find no place, with the reason.
         excluded: tensors that the user leaves out, with the reason; the rest of their head group is still taken.

@@ -54,7 +54,7 @@ class AdaptSettings:
         target: class tables that the model shall predict, by label space; what is absent is unknown.
         source: class tables of the file as the user names them.
         initialise: label spaces whose heads take nothing from the file.
-        aliases, match: see :func:`d2_headadapt.classes.match_classes`.
+        aliases, match: see :func:`d2_headadapt.matching.match_classes`.
         min_coverage: least share of the file's tensors that must find a place.
         trust_file: allow full pickle.
         verify_file: check the CRC of records that are taken.

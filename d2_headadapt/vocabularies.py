@@ -12,8 +12,9 @@ from functools import cache, lru_cache
 from importlib import resources
 from types import MappingProxyType
 
-from .classes import ClassTable, Synonyms, did_you_mean, normalise
+from .classes import ClassTable, did_you_mean, normalise
 from .errors import ClassTableError
+from .matching import Synonyms
 
 ZOO_PREFIXES = ("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
 """detectron2's PathManager replaces the first by the second; nothing else is known to be the model zoo."""

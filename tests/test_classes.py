@@ -6,16 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2_headadapt.classes import (
-    ClassTable,
-    did_you_mean,
-    match_classes,
-    nearest,
-    normalise,
-    parse_aliases,
-    shorten,
-)
+from d2_headadapt.classes import ClassTable, did_you_mean, nearest, normalise, shorten
 from d2_headadapt.errors import ClassTableError, HeadAdaptError
+from d2_headadapt.matching import match_classes, parse_aliases
 
 NAMES = ("person", "car", "traffic light", "dog", "cat")
 WORDS = st.lists(st.text(alphabet="abcdefghij", min_size=1, max_size=4), min_size=1, max_size=12, unique=True)

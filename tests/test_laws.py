@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_layouts import KINDS, axis_labels
 
 from d2_headadapt import surgery
-from d2_headadapt.classes import ClassMap, ClassTable, match_classes
+from d2_headadapt.classes import ClassMap, ClassTable
 from d2_headadapt.layouts import HeadLayout
+from d2_headadapt.matching import match_classes
 from d2_headadapt.surgery import move_rows
 
 NAMES = [f"class {i}" for i in range(12)]

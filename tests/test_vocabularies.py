@@ -11,8 +11,9 @@ from detectron2 import model_zoo
 from detectron2.data import MetadataCatalog
 from detectron2.model_zoo.model_zoo import _ModelZooUrls
 
-from d2_headadapt.classes import ClassMap, ClassTable, match_classes, normalise
+from d2_headadapt.classes import ClassMap, ClassTable, normalise
 from d2_headadapt.errors import ClassTableError
+from d2_headadapt.matching import match_classes
 from d2_headadapt.vocabularies import (
     has_vocabulary,
     reviewed_pairs,

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 
-from ..classes import ClassTable, did_you_mean, parse_aliases, shorten
+from ..classes import ClassTable, did_you_mean, shorten
 from ..datasets import resolve_table
 from ..errors import ClassTableError, TextError
 from ..files import read_values
+from ..matching import parse_aliases
 from ..planning import match_tables
 from ..vocabularies import vocabulary, vocabulary_names
 

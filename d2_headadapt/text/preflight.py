@@ -182,7 +182,7 @@ def _keys(cfg: CfgNode) -> Iterator[Problem]:
             "error",
             "MODEL.ROI_HEADS.NAME",
             "ROI heads that read MODEL.HEAD_ADAPT.PREDICTOR, such as HeadAdaptROIHeads",
-            f"{heads!r}, which builds a linear classifier whatever PREDICTOR says",
+            f"{heads!r}, which builds a linear classifier whatever that key says",
             f"Set MODEL.ROI_HEADS.NAME HeadAdapt{heads}, or MODEL.HEAD_ADAPT.PREDICTOR HeadAdaptOutputLayers."
             if f"HeadAdapt{heads}" in ROI_HEADS_REGISTRY
             else "Set MODEL.ROI_HEADS.NAME HeadAdaptROIHeads.",
