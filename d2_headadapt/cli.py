@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(command)
     command.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="images, or folders of images")
     command.add_argument("--output", required=True, metavar="FOLDER", help="for predictions.json and the pictures")
-    command.add_argument("--least-score", type=float, default=0.5, metavar="SCORE", help="of a box that is kept (0.5)")
+    command.add_argument("--least-score", type=score, default=0.5, metavar="SCORE", help="of a box that is kept (0.5)")
     command.set_defaults(run=predict)
 
     command = commands.add_parser(
@@ -151,6 +151,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=run_existing)
     return parser
+
+
+def score(text: str) -> float:
+    """A number from 0 to 1 of the command line."""
+    value = float(text)
+    if not 0 <= value <= 1:  # not a number is neither
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text}")
+    return value
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:

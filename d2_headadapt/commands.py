@@ -31,11 +31,11 @@ from .fit import (
     fit_new_rows,
 )
 from .lazy.training import main as train_lazy
-from .lazy.words import is_lazy_file
+from .lazy.words import is_lazy_file, words_for
 from .loading import check_exists, plan_file, refuse_plan
 from .predicting import Predictor, image_files, name_classes, predict_files, provenance_of
 from .provenance import KEY, Provenance
-from .recipes import Recipe, read_recipe
+from .recipes import Recipe, no_training_set, read_recipe
 from .report import plan_json, plan_table, summary_line
 from .report_html import plan_html
 
@@ -46,10 +46,11 @@ def plan(args: argparse.Namespace) -> int:
     path, settings = _weights(args, recipe.config), recipe.settings
     _check_reports([args.json, args.html], [path])
     made = plan_file(path, recipe.build_on_meta(), settings)
-    _print_or_write(plan_table(made, every_tensor=args.all), plan_json(made), args.json)
+    say = words_for(args.config_file)
+    _print_or_write(say(plan_table(made, every_tensor=args.all)), plan_json(made), args.json)
     if args.html:
         notes = [f"Checkpoint: {path}", f"Config: {args.config_file or 'the defaults of detectron2'}"]
-        write_text(args.html, plan_html(made, notes=notes))
+        write_text(args.html, say(plan_html(made, notes=notes)))
     refuse_plan(made, settings.min_coverage, path)
     return 0
 
@@ -122,7 +123,7 @@ def doctor(args: argparse.Namespace) -> int:
         return 0
     _check_reports([args.json], [args.weights] if args.weights else [])
     report = examine(args.config_file, args.opts, args.imports, args.weights, args.all_images)
-    _print_or_write(report_text(report).rstrip("\n"), report_json(report), args.json)
+    _print_or_write(report_text(report, words_for(args.config_file)).rstrip("\n"), report_json(report), args.json)
     return report.exit_code
 
 
@@ -136,7 +137,7 @@ def _load(args: argparse.Namespace, recipe: Recipe) -> tuple[HeadAdaptCheckpoint
     checkpointer = HeadAdaptCheckpointer(model)
     left = checkpointer.load(path, checkpointables=[])
     if checkpointer.plan is not None:
-        print(summary_line(checkpointer.plan))
+        print(words_for(args.config_file)(summary_line(checkpointer.plan)))
     return checkpointer, sorted(set(left) - {"__author__", "matching_heuristics"})
 
 
@@ -156,13 +157,8 @@ def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> Recip
     def change(cfg: CfgNode) -> None:
         if not reads_labels:
             cfg.MODEL.DEVICE = "cpu"
-        elif not cfg.DATASETS.TRAIN:
-            raise UsageError(
-                "DATASETS.TRAIN",
-                expected="a dataset to fit new rows on",
-                found="none",
-                fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
-            )
+        elif not cfg.DATASETS.TRAIN and not is_lazy_file(args.config_file):
+            raise no_training_set()
         else:
             # Nothing is evaluated, so test sets need not be there.
             cfg.DATASETS.TEST = ()
@@ -223,7 +219,7 @@ def _predictor(
         cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
 
     predictor = Predictor(read_recipe(args.config_file, args.opts, args.imports, change=change), *found[0])
-    refuse_new_rows(predictor.checkpointer, predictor.cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
+    refuse_new_rows(predictor.checkpointer, predictor.cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL, found[0][0])
     return predictor, found[0][0]
 
 

@@ -57,7 +57,7 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Glob patterns on parameter names that Trainer does not train.
     node.FREEZE = []
 
-    # Evaluate from the command line although rows were neither carried, fitted nor trained.
+    # Evaluate, predict or export although rows or parameters were neither carried, fitted nor trained.
     node.ALLOW_NEW_ROWS_AT_EVAL = False
 
     # Trainer looks at config and small annotation files before it builds (see docs/doctor.md); an error stops it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ from .classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from .components import add_component_keys, import_components
 from .config import add_headadapt_config
 from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
-from .errors import ConfigError, DatasetError, UsageError
+from .errors import ConfigError, DatasetError, HeadAdaptError, UsageError
 from .settings import AdaptSettings, apply_num_classes
 from .tasks.checks import check_tasks
 from .tasks.data import say_unused_tasks, settle_tasks
@@ -108,7 +109,11 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
         # The whole tree in one type, because yacs refuses to merge nodes of two.
         reader = PathAwareCfgNode(cfg)
         reader.MODEL.TASKS.set_new_allowed(True)  # Which a copy forgets.
-        merge(reader, config_file, lambda: reader.merge_from_file(config_file))
+        try:
+            merge(reader, config_file, lambda: reader.merge_from_file(config_file))
+        except ConfigError:
+            _refuse_saved_lazy(config_file)
+            raise
         cfg = CfgNode(reader)
         cfg.MODEL.TASKS.set_new_allowed(True)
     complete_tasks(cfg)
@@ -120,6 +125,41 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
         merge(cfg, "command line", partial(cfg.merge_from_list, [key, value]))
     cfg.DATASETS.REGISTER = absolute_entries(cfg.DATASETS.REGISTER, os.getcwd())
     return cfg
+
+
+def _refuse_saved_lazy(config_file: str) -> None:
+    """Raise for the ``config.yaml`` of a LazyConfig's run, which has other keys than detectron2's yaml."""
+    if not os.path.isfile(config_file):
+        return
+    with open(config_file, encoding="utf-8", errors="replace") as file:
+        is_lazy = re.search(r"^model:$", file.read(), re.MULTILINE)
+    if is_lazy:
+        raise ConfigError(
+            config_file,
+            expected="a yaml with detectron2's keys, such as MODEL",
+            found="a LazyConfig, as a run of one saves it",
+            fix="Write a .py of two lines and give that: from detectron2.config import LazyConfig, and "
+            f"globals().update(LazyConfig.load({os.path.abspath(config_file)!r})).",
+        )
+
+
+def _refuse_none(cfg: CfgNode) -> None:
+    """Raise for a key of this package that is left empty; yacs takes that in place of any type."""
+    default = get_cfg()
+    add_headadapt_config(default)
+    for node, own, place in (
+        (cfg.MODEL.HEAD_ADAPT, default.MODEL.HEAD_ADAPT, "MODEL.HEAD_ADAPT"),
+        (cfg.MODEL.HEAD_ADAPT.FIT, default.MODEL.HEAD_ADAPT.FIT, "MODEL.HEAD_ADAPT.FIT"),
+        (cfg.MODEL.HEAD_ADAPT.TEXT, default.MODEL.HEAD_ADAPT.TEXT, "MODEL.HEAD_ADAPT.TEXT"),
+    ):
+        for key, value in own.items():
+            if value is not None and node.get(key, value) is None:
+                raise ConfigError(
+                    f"{place}.{key}",
+                    expected=f"a value like {value!r}",
+                    found="nothing",
+                    fix="Remove the key, or give it a value.",
+                )
 
 
 def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
@@ -158,6 +198,7 @@ def settle_config(
     Raises:
         HeadAdaptError: a dataset, class table or key that cannot be used.
     """
+    _refuse_none(cfg)
     register_datasets(cfg.DATASETS.REGISTER)
     check_tasks(cfg)
     settle_tasks(cfg, registered_only=registered_only or not reads_labels)
@@ -180,6 +221,10 @@ def settle_config(
 
 def settle_device(device: str, key: str) -> str:
     """``device``, or ``cpu`` in place of a GPU on a machine without one, which is said."""
+    try:
+        torch.device(device)
+    except RuntimeError as exc:
+        raise ConfigError(key, expected="cpu, cuda or cuda:N", found=repr(device), fix=f"Set {key} cuda.") from exc
     if not device.startswith("cuda") or torch.cuda.is_available():
         return device
     logger.info("%s is %s, but this machine has no CUDA: running on the CPU.", key, device)
@@ -269,13 +314,18 @@ def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
         raise ConfigError(
             where, expected="a yaml file of KEY: value lines", found=" ".join(str(exc).split()), fix="Correct the file."
         ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(
+            where, expected="a yaml file, which is text", found=str(exc), fix="Correct the path."
+        ) from exc
     except OSError as exc:
         raise ConfigError(
             where, expected="a yaml file and base files that can be read", found=str(exc), fix="Correct the path."
         ) from exc
     except ValueError as exc:
         fix = "Correct the value." + (" A list is written [one, two]." if "tuple" in str(exc) else "")
-        raise ConfigError(where, expected="a value of the key's type", found=str(exc), fix=fix) from exc
+        found = " ".join(str(exc).split())[:300]
+        raise ConfigError(where, expected="a value of the key's type", found=found, fix=fix) from exc
 
 
 def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

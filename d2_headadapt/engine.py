@@ -18,7 +18,6 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -26,12 +25,12 @@ from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
 from .configuring import building, load_config, resolve_config
 from .doctor.running import examine_before_training
-from .errors import PlanRefused
+from .errors import PlanRefused, UsageError
 from .evaluators import build_evaluator as build_evaluator
 from .fit.training import FitHook
 from .launching import add_import_argument as add_import_argument
 from .launching import command as command
-from .launching import ddp_without_gpus
+from .launching import ddp_without_gpus, log_to
 from .launching import default_argument_parser as default_argument_parser
 from .launching import launch as launch
 from .report import plan_markdown
@@ -55,7 +54,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = load_config(args.config_file, args.opts, getattr(args, "imports", []))
     # What is settled is said, and before the config is dumped.
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_headadapt")
+    log_to(cfg.OUTPUT_DIR)
     resolve_config(cfg)
     default_setup(cfg, args)
     return cfg
@@ -69,7 +68,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_headadapt")
+        log_to(cfg.OUTPUT_DIR)
         if with_keys(cfg).MODEL.HEAD_ADAPT.DOCTOR:
             examine_before_training(cfg)
         with ddp_without_gpus(cfg.MODEL.DEVICE):
@@ -162,18 +161,35 @@ def record_plan(checkpointer: HeadAdaptCheckpointer, storage: EventStorage, iter
             writer.add_text("head_adapt/plan", plan_markdown(plan), iteration)
 
 
-def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool) -> None:
-    """Raise where a model is to be evaluated although rows of it are as the constructor drew them.
+def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool, where: str = "--eval-only") -> None:
+    """Raise where a model is to be used although rows or parameters of it are as the constructor drew them.
+
+    Args:
+        checkpointer: after its load.
+        allowed: ``MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL``.
+        where: for the message.
 
     Raises:
-        PlanRefused: names the classes and the key that allows it.
+        PlanRefused: names the classes, or the parameters, and the key that allows it.
     """
-    if allowed or (checkpointer.plan is not None and not checkpointer.untrained):
+    plan = checkpointer.plan
+    if allowed:
+        return
+    if plan is not None and not checkpointer.untrained:
+        learnt = dict(checkpointer.model.named_parameters())
+        drawn = [t.name for t in plan.by_action("kept") if t.name in learnt and "rebuilt" not in t.reason]
+        if drawn:
+            raise PlanRefused(
+                where,
+                expected="every parameter of the model in the file",
+                found=f"none of its shape for {shorten(drawn, 3)}",
+                fix="Use the config that the file was made with, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True.",
+            )
         return
     names = "; ".join(f"{space}: {shorten(classes)}" for space, classes in checkpointer.untrained.items())
     names = names or "every class, because MODEL.WEIGHTS is empty"
     raise PlanRefused(
-        "--eval-only",
+        where,
         expected="every class carried, fitted or trained",
         found=f"random rows for {names}",
         fix="Train first, name the right file in MODEL.WEIGHTS, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True.",
@@ -188,12 +204,21 @@ def main(args: argparse.Namespace) -> Any:
         checkpointer = HeadAdaptCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         refuse_new_rows(checkpointer, cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
+        if not cfg.DATASETS.TEST:
+            logger.warning("Nothing is evaluated: DATASETS.TEST is empty.")
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
+    if not cfg.DATASETS.TRAIN:
+        raise UsageError(
+            "DATASETS.TRAIN",
+            expected="a dataset to train on",
+            found="none",
+            fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+        )
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if cfg.TEST.AUG.ENABLED:

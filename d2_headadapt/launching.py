@@ -16,10 +16,11 @@ from detectron2.engine import create_ddp_model
 from detectron2.engine import default_argument_parser as stock_argument_parser
 from detectron2.engine import launch as stock_launch
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from .errors import HeadAdaptError
+from .errors import ConfigError, HeadAdaptError
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -39,6 +40,20 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE_OR_FILE.py",
         help="a module or file that registers your own components; repeatable",
     )
+
+
+def log_to(folder: str) -> None:
+    """Log what this package says to the screen and into a run's folder, which is made.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        setup_logger(folder, distributed_rank=comm.get_rank(), name="d2_headadapt")
+    except OSError as exc:
+        raise ConfigError(
+            "OUTPUT_DIR", expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
+        ) from exc
 
 
 def command(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:

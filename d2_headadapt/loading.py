@@ -43,7 +43,7 @@ def check_exists(path: str, *, own_file: bool = False) -> None:
     folder, name = os.path.split(local)
     near = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
     found = "a folder" if os.path.isdir(local) else "no such file"
-    fix = "Correct the path."
+    fix = "Correct MODEL.WEIGHTS, or the path that was given."
     if own_file:
         fix = f"Write the name of a checkpoint of {folder} into its last_checkpoint, or start without --resume."
     raise CheckpointFileError(local, expected="a checkpoint file", found=found, fix=f"{fix}{did_you_mean(name, near)}")
@@ -55,7 +55,7 @@ def not_fetched(path: str, exc: BaseException) -> CheckpointFileError:
         path,
         expected="a file that can be fetched",
         found=f"{type(exc).__name__}: {exc}",
-        fix="Correct the address, or download the file and give its path.",
+        fix="Correct MODEL.WEIGHTS, or download the file and give its path.",
     )
 
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .checkpoint import HeadAdaptCheckpointer
+from .classes import did_you_mean
 from .errors import CheckpointFileError, ConfigError, DatasetError
+from .files import is_dense
 from .fit import FitReport, FitSettings, Mapper, fit_new_rows
 from .loading import check_exists, read_weights
+from .mapped import MappedCheck, class_counts, entries_of, mapped_of, several, try_mapper
 from .plan import AdaptPlan
 from .settings import AdaptSettings, Named, settings_of
 
 New = HeadAdaptCheckpointer | AdaptPlan | Mapping[str, Sequence[int]]
-"""Which rows are new: as a load left them, as a plan says, or class indices by label space or tensor."""
+"""Which rows are new: as a load left them, as a plan says, or class indices by label space."""
 
 
 def adapt_state_dict(
@@ -66,8 +68,10 @@ def adapt_state_dict(
         >>> bool((new["box_predictor"].cls_score.weight[1] == old["box_predictor"].cls_score.weight[2]).all())
         True
     """
-    settings = settings_of(model) if target is None and source is None and not more else None
-    inner = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
+    inner = _unwrapped(model)
+    if isinstance(target, Mapping):
+        _check_spaces("target", target, class_counts(inner))
+    settings = settings_of(inner) if target is None and source is None and not more else None
     checkpointer = HeadAdaptCheckpointer(inner, settings=settings or AdaptSettings.of(target, source, **more))
     if isinstance(weights, (str, os.PathLike)):
         path = os.fspath(weights)
@@ -77,14 +81,30 @@ def adapt_state_dict(
     return checkpointer.adapted(_checkpoint(weights), "the state dict")
 
 
+def _unwrapped(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            "model",
+            expected="a model",
+            found=f"a value of type {type(model).__name__}",
+            fix="Pass what detectron2's build_model gives.",
+        )
+    inner: nn.Module = model
+    while isinstance(inner, (DistributedDataParallel, DataParallel)):
+        inner = inner.module
+    return inner
+
+
 def _checkpoint(weights: Any) -> dict[str, Any]:
     """A dict's weights in the form of a checkpoint."""
     state = weights.get("model", weights) if isinstance(weights, Mapping) else None
     if isinstance(state, Mapping) and state and all(isinstance(name, str) for name in state):
-        wrong = [name for name, x in state.items() if not torch.is_tensor(x) and not name.endswith("_extra_state")]
+        wrong = [name for name, x in state.items() if not is_dense(x) and not name.endswith("_extra_state")]
         if not wrong:
             return {**(weights if state is not weights else {}), "model": state}
-        found = f"{type(state[wrong[0]]).__name__} under {wrong[0]!r}"
+        value = state[wrong[0]]
+        kind = f"{value.layout} of {value.dtype} on {value.device}" if torch.is_tensor(value) else type(value).__name__
+        found = f"{kind} under {wrong[0]!r}"
     else:
         kind = type(weights if state is None else state).__name__
         found = "an empty dict" if state == {} else f"a value of type {kind}"
@@ -120,7 +140,7 @@ def fit_rows(
         What was solved and what was not, and why.
 
     Raises:
-        DatasetError: images of another form.
+        DatasetError: no image at all, images of another form, or classes that the model does not have.
         HeadAdaptError: whatever is raised, the model is as it was.
 
     Example:
@@ -142,18 +162,30 @@ def fit_rows(
             >>> report.solved
             ('roi_heads.box_predictor',)
     """
-    rows = _rows(new)
+    model = _unwrapped(model)
+    rows = _rows(new, model)
     noted = new.fitted_rows() if isinstance(new, HeadAdaptCheckpointer) else nullcontext()
-    settings = settings or FitSettings()
+    settings = FitSettings() if settings is None else settings
+    if not isinstance(settings, FitSettings):
+        found = f"a value of type {type(settings).__name__}"
+        raise ConfigError("settings", expected="FitSettings", found=found, fix="Write FitSettings(images=100).")
+    if not any(rows.values()):
+        return FitReport()
+    images, check = several(images), MappedCheck.of(model)
     if mapper is None:
-        images, mapper = _entries(images, settings.images), _mapped
-    elif not isinstance(images, Sequence):
-        images = list(images)
+        images, mapper = entries_of(images, settings.images, check), mapped_of
+    else:
+        images = images if isinstance(images, Sequence) else list(images)
+        try_mapper(mapper, images[:1], check)
+    if not images:
+        raise DatasetError(
+            "images", expected="at least one", found="none", fix="A generator can be read only once: make a new one."
+        )
     with noted:
         return fit_new_rows(model, images, mapper, new=rows, settings=settings)
 
 
-def _rows(new: Any) -> Mapping[str, Sequence[int]]:
+def _rows(new: Any, model: nn.Module) -> Mapping[str, Sequence[int]]:
     if isinstance(new, HeadAdaptCheckpointer):
         if new.plan is not None:
             return new.rows_to_fit()
@@ -161,6 +193,7 @@ def _rows(new: Any) -> Mapping[str, Sequence[int]]:
     elif isinstance(new, AdaptPlan):
         return {t.name: t.new for t in new.by_action("carried", "initialised") if t.new}
     elif isinstance(new, Mapping) and all(_are_indices(rows) for rows in new.values()):
+        _check_rows(new, class_counts(model))
         return new
     else:
         found = repr(new)
@@ -172,61 +205,30 @@ def _rows(new: Any) -> Mapping[str, Sequence[int]]:
     )
 
 
+def _check_rows(new: Mapping[str, Sequence[int]], counts: Mapping[str, int]) -> None:
+    """Rows that no head has would be fitted without a word."""
+    _check_spaces("new", new, counts)
+    for space, rows in new.items():
+        outside = [k for k in rows if not 0 <= k < counts[space]]
+        if outside:
+            raise ConfigError(
+                "new",
+                expected=f"{space} classes from 0 to {counts[space] - 1}",
+                found=str(outside[0]),
+                fix="Background has no class index.",
+            )
+
+
+def _check_spaces(where: str, spaces: Iterable[Any], counts: Mapping[str, int]) -> None:
+    for space in spaces:
+        if space not in counts:
+            raise ConfigError(
+                where,
+                expected=f"label spaces of the model ({', '.join(sorted(counts)) or 'it has none'})",
+                found=repr(space),
+                fix=f"Correct it.{did_you_mean(str(space), counts)}",
+            )
+
+
 def _are_indices(rows: Any) -> bool:
     return isinstance(rows, Sequence) and all(isinstance(k, int) and not isinstance(k, bool) for k in rows)
-
-
-def _entries(images: Iterable[Any], most: int) -> list[dict[str, Any]]:
-    """Dataset entries that hold what the mapper made, each image once; an endless loader ends after ``most``."""
-    if comm.get_world_size() > 1:
-        raise DatasetError(
-            "images",
-            expected="a dataset and its mapper, because several processes must agree on the images",
-            found="the batches of one process",
-            fix="Pass the dataset's dicts, and mapper=mapper_at_test_size(cfg) of d2_headadapt.fit.",
-        )
-    entries: dict[str, dict[str, Any]] = {}
-    for position, mapped in enumerate(_singly(images)):
-        if position == most:
-            break
-        name = str(mapped.get("image_id", mapped.get("file_name", f"image {position}")))
-        if name not in entries:
-            entries[name] = _entry(name, mapped)
-    return list(entries.values())
-
-
-def _singly(images: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
-    for item in images:
-        for mapped in item if isinstance(item, (list, tuple)) else [item]:
-            if isinstance(mapped, Mapping) and torch.is_tensor(mapped.get("image")):
-                yield mapped
-                continue
-            found = f"a value of type {type(mapped).__name__}"
-            fix = "Pass what detectron2's build_detection_train_loader gives."
-            if isinstance(mapped, Mapping):
-                found = f"a dict with {', '.join(map(str, mapped)) or 'nothing'}"
-                fix = "For the dicts of a dataset pass mapper=mapper_at_test_size(cfg) of d2_headadapt.fit as well."
-            raise DatasetError("images", expected="dicts with an image tensor under 'image'", found=found, fix=fix)
-
-
-def _entry(name: str, mapped: Mapping[str, Any]) -> dict[str, Any]:
-    """What chooses images reads labels as a dataset has them."""
-    truth = mapped.get("instances")
-    fields = truth.get_fields() if truth is not None else {}
-    boxes: list[dict[str, Any]] = [{"category_id": int(k), "tasks": {}} for k in fields.get("gt_classes", ())]
-    for field, labels in fields.items():
-        for box, label in zip(boxes, labels, strict=False) if torch.is_tensor(labels) and field != "gt_classes" else ():
-            box["tasks"][field.removeprefix("gt_")] = _label(label)
-    tasks = {task: _label(label) for task, label in mapped.get("tasks", {}).items()}
-    return {"image_id": name, "annotations": boxes, "tasks": tasks, "mapped": mapped}
-
-
-def _label(label: torch.Tensor) -> int | list[int] | None:
-    if label.dim():
-        return [int(k) for k in (label > 0).nonzero().reshape(-1)]
-    return int(label) if label >= 0 else None
-
-
-def _mapped(entry: dict[str, Any]) -> dict[str, Any]:
-    mapped: dict[str, Any] = dict(entry["mapped"])
-    return mapped

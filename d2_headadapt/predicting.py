@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from tqdm import tqdm
 
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import ClassTable
-from .errors import DatasetError
+from .errors import CheckpointFileError, ConfigError, DatasetError
 from .files import read_checkpoint, write_text
 from .provenance import KEY, Provenance
 from .recipes import Recipe
-from .tasks.drawing import draw_tasks
+from .tasks.drawing import draw_tasks, image_lines
 from .tasks.spec import TaskSpec, task_specs
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -76,7 +77,11 @@ class Predictor:
         return torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)), dtype=torch.float32)
 
     def describe(self, output: Mapping[str, Any], least_score: float) -> dict[str, Any]:
-        """An output in plain types: ``detections`` with box (x0, y0, x1, y1), score, class and tasks, and ``tasks``."""
+        """An output in plain types: ``detections`` with box (x0, y0, x1, y1), score, class and tasks, and ``tasks``.
+
+        Raises:
+            ConfigError: it has neither.
+        """
         found: dict[str, Any] = {}
         if "instances" in output:
             instances = output["instances"].to("cpu")
@@ -87,6 +92,13 @@ class Predictor:
             for spec in self.specs
             if spec.on == "image" and f"pred_{spec.name}" in output
         }
+        if not found and not tasks:
+            raise ConfigError(
+                "MODEL.META_ARCHITECTURE",
+                expected="a model that gives boxes, or tasks of images",
+                found=f"{type(self.model).__name__}, which gives {', '.join(output)}",
+                fix="Type d2-headadapt export to run it elsewhere, or d2-headadapt train --eval-only to measure it.",
+            )
         return {**found, **({"tasks": tasks} if tasks else {})}
 
     def _detection(self, instances: Instances, i: int) -> dict[str, Any]:
@@ -140,11 +152,13 @@ def image_files(names: Sequence[str]) -> list[Path]:
         path = Path(name)
         inside = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
         if not path.exists() or not inside:
+            # The option before takes every word up to the next one.
+            is_key = re.fullmatch(r"[A-Z]\w*(\.\w+)+|[\w.]+=.*", name)
             raise DatasetError(
                 name,
                 expected="an image, or a folder of images",
                 found="nothing there" if not path.exists() else f"a folder without {', '.join(ENDINGS)}",
-                fix="Correct the path.",
+                fix="Write config overrides last, behind --output." if is_key else "Correct the path.",
             )
         found += inside
     return found
@@ -155,14 +169,17 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, lea
 
     Args:
         predictor: the model.
-        files: images; one that cannot be read is reported and passed over.
+        files: images; one that cannot be read, or that the model fails on, is reported and passed over.
         output: the folder, made where it is missing.
         least_score: of a box that is kept.
 
     Yields:
         One line for each image.
+
+    Raises:
+        DatasetError: not one of the images could be used.
+        CheckpointFileError: a file cannot be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for i, path in enumerate(tqdm(files, desc="predict", unit="image", disable=len(files) < 5)):
         try:
@@ -171,18 +188,36 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, lea
             found.append({"file": str(path), "error": str(exc)})
             yield f"{path}: cannot be read ({exc})"
             continue
-        result = predictor(image)
+        try:
+            result = predictor(image)
+        except Exception as exc:  # Whatever a model raises: an image of one pixel is smaller than its strides.
+            found.append({"file": str(path), "error": " ".join(f"{type(exc).__name__}: {exc}".split())})
+            yield f"{path}: the model fails on it ({found[-1]['error']})"
+            continue
         told = predictor.describe(result, least_score)
         rgb = np.ascontiguousarray(convert_image_to_rgb(image, predictor.cfg.INPUT.FORMAT)).astype(np.uint8)
         picture = output / f"{i:04d}_{path.stem}.png"
-        draw_tasks(rgb, result, predictor.metadata, predictor.specs, least_score=least_score).save(str(picture))
+        drawn = draw_tasks(rgb, result, predictor.metadata, predictor.specs, least_score=least_score)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            drawn.save(str(picture))
+        except OSError as exc:
+            raise CheckpointFileError(
+                str(output), expected="a folder, or a place for one", found=str(exc), fix="Name another --output."
+            ) from exc
         size = {"height": image.shape[0], "width": image.shape[1]}
         found.append({"file": str(path), **size, **told, "picture": picture.name})
-        yield f"{path}: {_line(told)}"
+        yield f"{path}: {_line(told, image_lines(result, predictor.specs))}"
+    if all("error" in entry for entry in found):
+        raise DatasetError(
+            "--images",
+            expected="an image that can be read, and that the model takes",
+            found=f"none of {len(found)}; of the first: {found[0]['error']}",
+            fix="Name other images. Nothing was written.",
+        )
     write_text(os.path.join(output, "predictions.json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
 
-def _line(told: Mapping[str, Any]) -> str:
+def _line(told: Mapping[str, Any], tasks: Sequence[str]) -> str:
     words = [f"{d['class']} {100 * d['score']:.0f}%" for d in told.get("detections", ())]
-    words += [f"{name}: {value}" for name, value in told.get("tasks", {}).items()]
-    return ", ".join(words) or "nothing"
+    return "; ".join([*([", ".join(words)] if words else []), *tasks]) or "nothing"

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 
 from .classes import ClassTable
-from .configuring import build_on_meta, load_config, building, resolve_config
+from .configuring import build_on_meta, building, load_config, resolve_config
+from .errors import ConfigError, UsageError
 from .fit.images import Mapper
 from .fit.training import mapper_at_test_size, training_dicts
 from .lazy.loading import load
@@ -25,6 +26,16 @@ from .lazy.preparing import prepare
 from .lazy.tree import built, calls, select, target_of
 from .lazy.words import is_lazy_file
 from .settings import AdaptSettings, apply_num_classes, attach_settings
+
+
+def no_training_set() -> UsageError:
+    """The error for who wants to fit without images."""
+    return UsageError(
+        "DATASETS.TRAIN",
+        expected="a dataset to fit new rows on",
+        found="none",
+        fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,13 @@ class Recipe:
     def test_augmentations(self) -> list[Any]:
         """What a test image goes through."""
         size = self.config.INPUT.MIN_SIZE_TEST
+        if size < 0:
+            raise ConfigError(
+                "INPUT.MIN_SIZE_TEST",
+                expected="the pixels of an image's shorter side, or 0 to leave it",
+                found=str(size),
+                fix="Write the size that the model was trained with, such as INPUT.MIN_SIZE_TEST 800.",
+            )
         return [T.ResizeShortestEdge([size, size], self.config.INPUT.MAX_SIZE_TEST)] if size else []
 
     def with_tables(self, tables: Mapping[str, ClassTable]) -> Recipe:
@@ -125,6 +143,9 @@ class LazyRecipe(Recipe):
     def training_dicts(self) -> list[dict[str, Any]]:
         if self.config.DATASETS.TRAIN:
             return training_dicts(self.config)
+        # A function of the user's own knows its dataset itself.
+        if target_of(select(self.lazy, "dataloader.train.dataset")) in (None, get_detection_dataset_dicts):
+            raise no_training_set()
         dicts: list[dict[str, Any]] = built(self.lazy.dataloader.train.dataset, "dataloader.train.dataset")
         return dicts
 

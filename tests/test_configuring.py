@@ -137,7 +137,7 @@ def test_a_yaml_that_cannot_be_used_is_one_error_that_names_it(tmp_path: Path, c
 
 def test_a_binary_file_is_no_yaml(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ConfigError, match=r"c.yaml: expected"):
+    with pytest.raises(ConfigError, match=r"c.yaml: expected a yaml file, which is text"):
         load_config(str(tmp_path / "c.yaml"))
 
 

@@ -36,7 +36,7 @@ from d2_headadapt.engine import (
     refuse_new_rows,
     setup,
 )
-from d2_headadapt.errors import DatasetError, PlanRefused
+from d2_headadapt.errors import ConfigError, DatasetError, PlanRefused, UsageError
 from d2_headadapt.provenance import KEY
 
 TARGET = ["class 3", "zebra", "class 0"]
@@ -202,6 +202,44 @@ def test_eval_only_without_weights_is_refused(run: Run) -> None:
     """Every row is random then, which is no better than one."""
     with pytest.raises(PlanRefused, match=rf"--eval-only: .*every class.*MODEL.WEIGHTS is empty.*{ALLOW} True"):
         run.main("--eval-only", "MODEL.WEIGHTS", "")
+
+
+def test_eval_only_with_random_parameters_is_refused(run: Run) -> None:
+    with pytest.raises(PlanRefused, match=rf"none of its shape for proposal_generator.rpn_head.conv.*{ALLOW} True"):
+        run.main(
+            "--eval-only",
+            "MODEL.HEAD_ADAPT.TARGET_CLASSES",
+            str(names(5)),
+            "MODEL.RPN.CONV_DIMS",
+            "[4]",
+            "DATASETS.TRAIN",
+            "()",
+            "DATASETS.TEST",
+            "()",
+        )
+
+
+def test_eval_only_without_a_test_set_says_that_nothing_happens(run: Run) -> None:
+    with logged("d2_headadapt") as said:
+        run.main("--eval-only", ALLOW, "True", "DATASETS.TEST", "()")
+    assert "Nothing is evaluated: DATASETS.TEST is empty." in texts(said)
+
+
+def test_training_without_a_dataset_is_one_line(run: Run) -> None:
+    with pytest.raises(UsageError, match=r"DATASETS.TRAIN: expected a dataset to train on"):
+        run.main("DATASETS.TRAIN", "()")
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_output_folder_that_cannot_be_is_one_line(name: str, run: Run) -> None:
+    (run.folder / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"OUTPUT_DIR: expected a folder"):
+        run.main("OUTPUT_DIR", run.folder / name)
+
+
+def test_a_model_that_cannot_be_built_names_the_line(run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"config: .*KeyError: 'p9' \(line \d+ of .*rpn\.py\)"):
+        run.main("MODEL.RPN.IN_FEATURES", "['p9']")
 
 
 def test_new_rows_are_refused_only_where_they_are(weights: Path) -> None:

@@ -112,6 +112,24 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert ran.code == 1 and "x.png: expected an image that can be read" in ran.err
 
 
+def test_a_model_that_fails_by_itself_is_said_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detectron2's keypoint heads stop by an assert without a word where their maps are no numbers."""
+    model = model_of(names(5))
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(type(model), "inference", failing)
+    with pytest.raises(ExportError, match=r"GeneralizedRCNN: .*found AssertionError\. .*before any export"):
+        export_model(model, "traced", {}, side=64)
+
+
+def test_random_parameters_are_not_exported(tmp_path: Path) -> None:
+    place, output = saved_detector(tmp_path), tmp_path / "m.ts"
+    ran = export(place, "traced", output, "MODEL.RPN.CONV_DIMS", "[4]")
+    assert ran.code == 1 and f"error: {place[1]}: expected every parameter" in ran.err and not output.exists()
+
+
 def test_where_nothing_is_detected_nothing_was_compared(tmp_path: Path) -> None:
     ran = export(saved_detector(tmp_path, threshold=1.0), "traced", tmp_path / "m.ts")
     assert ran.code == 1 and "found no detection in 3 images" in ran.err and "--image FILE" in ran.err

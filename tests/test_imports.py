@@ -18,7 +18,7 @@ PACKAGE = Path(d2_headadapt.__file__).parent
 # In this order: a module may import those before it, and `errors` is open to all.
 ROOMS = """
 version errors
-config classes layouts
+config classes matching layouts
 vocabularies categories entries tasks tasks.labels datasets tasks.spec tasks.data settings
 layout_registry detectron2_layouts tasks.heads tasks.mapper tasks.boxes tasks.checks
 surgery plan groups planning
@@ -34,7 +34,7 @@ loading untrained checkpoint
 fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.anchors fit.rpn fit.dense fit.scores
 fit.text fit.boxes fit.masks
 fit.tasks fit.calm fit.entry fit.report fit.training fit
-own_loop components configuring
+mapped own_loop components configuring
 lazy.words lazy.loading lazy.tree lazy.counts lazy.mirror lazy.preparing lazy recipes
 doctor.context doctor.finding doctor.coco_json doctor.reading doctor.config_checks doctor.training_checks
 doctor.data_checks doctor.box_checks doctor.field_checks doctor.image_checks

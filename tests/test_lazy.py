@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers.commands import cli, fresh_loggers
 from helpers.files import HEAD
 from helpers.lazy import TINY, write_config, write_lazy, write_yaml
@@ -38,7 +39,7 @@ from d2_headadapt.files import read_checkpoint
 from d2_headadapt.lazy import load, prepare
 from d2_headadapt.lazy.counts import class_counts
 from d2_headadapt.lazy.mirror import mirror_of
-from d2_headadapt.lazy.words import MIRRORED, in_lazy_words
+from d2_headadapt.lazy.words import MIRRORED, fix_in_lazy_words, in_lazy_words
 from d2_headadapt.settings import settings_of
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
@@ -190,11 +191,30 @@ def test_every_key_of_the_package_is_taken_in_lower_case(tmp_path: Path) -> None
         ("dict(aliasses=[])", r"head_adapt\.aliasses: .*Nearest: 'aliases'"),
         ("dict(fit=dict(image=3))", r"head_adapt\.fit\.image: .*Nearest: 'images'"),
         ("dict(fit=False)", r"head_adapt\.fit: expected a dict of keys, found False"),
-        ("dict(min_coverage='much')", r"head_adapt: expected a value of the key's type"),
+        (
+            "dict(min_coverage='much')",
+            r"head_adapt\.min_coverage: expected a value like 0\.5 \(float\), found 'much' \(str\)",
+        ),
         ("dict(match='nmae')", r"head_adapt\.match: .*Set head_adapt\.match=name"),
         ("dict(tasks=dict(colour=dict(on='bx')))", r"head_adapt\.tasks\.colour\.on: expected image or box, found 'bx'"),
         ("dict(register=[dict(name='x')])", r"head_adapt\.register\[0\]\.json: "),
-        ("dict(register='x')", r"head_adapt\.register: expected a list or a dict"),
+        ("dict(register='x')", r"head_adapt\.register: expected a list, found 'x'"),
+        ("dict(register=dict(name='x'))", r"head_adapt\.register: expected a list, found \{'name': 'x'\}"),
+        ("dict(register=[3])", r'head_adapt\.register\[0\]: .*Write dict\(name="my_train", json='),
+        ("dict(register=None, x=1)", r"head_adapt\.x: expected a key that exists, found 'x'"),
+        ("dict(aliases=None)", r"head_adapt\.aliases: expected a value like \[\] \(list\), found None"),
+        ("dict(source_classes=dict(a=1))", r"head_adapt\.source_classes: expected no dict"),
+        ("dict(source_classes=7)", r"""head_adapt\.source_classes: .*: head_adapt\.source_classes="'7'", or as"""),
+        ("dict(source_classes='${gone}')", r"head_adapt\.source_classes: .*Interpolation key 'gone' not found"),
+        ("dict(tasks=['a'])", r"head_adapt\.tasks: expected a dict, found \['a'\]"),
+        ("dict(tasks={1: dict(on='box')})", r"head_adapt\.tasks\.1: expected a task name"),
+        (
+            "dict(tasks=dict(a=None))",
+            r'head_adapt\.tasks\.a: .*Write a=dict\(on="box", classes=\["first", "second"\]\)',
+        ),
+        ("dict(tasks=dict(a=dict(on='image', classes=['x', 'y'])))", r", or head_adapt\.tasks\.a\.on=box"),
+        ("None", r"line \d+, head_adapt: expected a dict of keys, found None"),
+        ("'coco'", r"line \d+, head_adapt: expected a dict of keys, found 'coco'"),
         ("dict(source_classes='cocoo')", r"head_adapt\.source_classes: .*'cocoo'"),
     ],
 )
@@ -251,6 +271,8 @@ def test_loading_leaves_python_as_it_was(tmp_path: Path) -> None:
         ("model = (", r"bad\.py, line 1: .*SyntaxError"),
         ("x = 1\nmodel = y", r"bad\.py, line 2: .*NameError: name 'y' is not defined"),
         ("from .gone import model", r"bad\.py, line 1: .*gone\.py does not exist"),
+        ("def f():\n    raise ValueError('x')\nf()", r"bad\.py, line 3: .*ValueError: x"),
+        ("from detectron2.config import LazyCall\n\nmodel = LazyCall(dict)()", r"bad\.py, line 3: .*ValidationError"),
         ("x = dict(a=1)", r"bad\.py: expected a node `model` made with LazyCall, found the nodes x"),
         ("model = dict(a=1)", r"bad\.py: expected a node `model` made with LazyCall, found the nodes model"),
     ],
@@ -271,6 +293,7 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, text: str, messag
         ("MODEL.HEAD_ADAPT.FIT.ENABLED", r"'MODEL\.HEAD_ADAPT\.FIT\.ENABLED' is head_adapt\.fit\.enabled there"),
         ("train.max_iter=[1", "expected an override that LazyConfig can apply"),
         ("train.max_iter.x=1", "expected an override that LazyConfig can apply"),
+        ("--eval-only", "expected options before the first key=value, found one behind it"),
     ],
 )
 def test_an_override_that_cannot_be_applied_is_a_usage_error(tmp_path: Path, override: str, message: str) -> None:
@@ -298,8 +321,47 @@ def test_words_of_a_yaml_are_said_as_a_lazyconfig_has_them() -> None:
         ("MODEL.WEIGHTSX, MY.SEED, 'SEED'", "MODEL.WEIGHTSX, MY.SEED, 'SEED'"),
         ("in the yaml or yamls", "in the .py or yamls"),
         ("type: MODEL.HEAD_ADAPT.SOURCE_CLASSES coco", "type: head_adapt.source_classes=coco"),
+        ("no file 'a.yaml', as the yaml says", "no file 'a.yaml', as the .py says"),
+        ("reads: MODEL.HEAD_ADAPT.PREDICTOR is 'x'", "reads: head_adapt.predictor is 'x'"),
+        ("settings: MODEL.HEAD_ADAPT.MATCH cannot be used", "settings: head_adapt.match cannot be used"),
+        ("Set X, or MODEL.HEAD_ADAPT.NEW_ROWS recipe.", "Set X, or head_adapt.new_rows=recipe."),
+        ("Set MODEL.HEAD_ADAPT.MATCH name, or not", "Set head_adapt.match=name, or not"),
+        ("add DATASETS.TRAIN \"('my_train',)\".", "add dataloader.train.dataset.names=\"['my_train']\"."),
+        ("Set MODEL.MASK_ON False.", "Set model.roi_heads.mask_in_features=null."),
+        ("write dataloader.evaluator = [L(X)()].", "write dataloader.evaluator = [L(X)()]."),
+        ("Type <code>MODEL.WEIGHTS a.pth</code>", "Type <code>train.init_checkpoint=a.pth</code>"),
     ):
         assert in_lazy_words(said) == expected
+    for said, expected in (
+        ("Name them: MODEL.HEAD_ADAPT.TARGET_CLASSES names.txt.", "Name them: head_adapt.target_classes=names.txt."),
+        ("a mapping to {on: image} or {on: box}", 'a mapping to dict(on="image") or dict(on="box")'),
+        ("Write {held_out: 0.25, seed: 0}, not {this}.", "Write dict(held_out=0.25, seed=0), not {this}."),
+    ):
+        assert fix_in_lazy_words(said) == expected
+
+
+def test_what_a_message_says_to_type_works_when_it_is_typed(tmp_path: Path, weights: Path) -> None:
+    """Each fix is taken from the message and given on the command line, as a shell would."""
+    path = write_lazy(tmp_path, ["cat", "gnu"], body="head_adapt['tasks'] = dict(c=dict(on='box', classes=['x', 'y']))")
+    common = ["plan", "--config-file", path, "--weights", weights]
+    ran = cli(*common)
+    (fix,) = re.findall(r"Set (model\S+)\.$", ran.err, re.MULTILINE)
+    ran = cli(*common, fix)
+    assert ran.code == 0 and fix == "model.roi_heads._target_=d2_headadapt.HeadAdaptROIHeads", ran.err
+    ran = cli(*common, fix, "head_adapt.match=x")
+    (second,) = re.findall(r"Set (\S+)\.$", ran.err, re.MULTILINE)
+    assert cli(*common, fix, second).code == 0 and second == "head_adapt.match=name"
+    ran = cli(*common, fix, "head_adapt.target_classes=gone.txt")
+    (third,) = re.findall(r'as a list: (head_adapt\S+?)="(.*)"\.$', ran.err, re.MULTILINE)
+    assert "1 new (gone.txt)" in cli(*common, fix, "=".join(third)).out
+
+
+def test_a_plan_says_in_the_config_s_words_what_to_type(tmp_path: Path, weights: Path) -> None:
+    path = write_config(tmp_path, "dataloader.train.dataset.names = []")
+    ran = cli("plan", "--config-file", path, "--weights", weights, "--html", tmp_path / "plan.html")
+    assert "type: head_adapt.target_classes=names.txt" in ran.out and "MODEL." not in ran.out
+    page = (tmp_path / "plan.html").read_text()
+    assert "Type <code>head_adapt.target_classes=names.txt</code>" in page and "MODEL." not in page
 
 
 def test_what_a_mirror_shows_is_what_the_config_says(tmp_path: Path) -> None:
@@ -319,6 +381,44 @@ def test_what_a_mirror_shows_is_what_the_config_says(tmp_path: Path) -> None:
     assert (cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == ("horizontal", 64, 96)
     assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME) == ("GeneralizedRCNN", "StandardROIHeads")
     assert cfg.MODEL.MASK_ON and not cfg.MODEL.KEYPOINT_ON and cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("model.roi_heads.foo = 1", r"^error: model\.roi_heads: .* StandardROIHeads .*keyword argument 'foo'"),
+        ("model.pop('backbone')", r"^error: model: .* GeneralizedRCNN .*missing 1 required.*'backbone'"),
+        ("model.roi_heads.num_classes = None", r"^error: model\.roi_heads\.box_predictor: .*TypeError"),
+        ("model.roi_heads.pop('num_classes')", r"^error: model\.roi_heads\.\S*num_classes: .*Interpolation key"),
+        ("model.roi_heads._target_ = 'gone.Heads'", r"^error: _target_ 'gone\.Heads': .*No module named 'gone'"),
+        ("def own(**k):\n    raise KeyError('a')\nmodel.roi_heads.box_head._target_ = own",
+         r"^error: model\.roi_heads\.box_head: .* own .*KeyError: 'a' \(\S+config\.py, line \d+\)"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_built_is_one_line_with_its_node(
+    tmp_path: Path, weights: Path, body: str, message: str
+) -> None:
+    ran = cli("plan", "--config-file", write_lazy(tmp_path, body=body), "--weights", weights)
+    assert ran.code == 1
+    (line,) = [text for text in ran.err.splitlines() if text.startswith("error: ")]
+    assert re.search(message, line), line
+
+
+def test_what_a_config_file_defines_itself_can_be_the_model(tmp_path: Path, weights: Path) -> None:
+    """Such a function has no module, and a partial no name."""
+    own = "_inner = model\ndef own(inner):\n    return inner\nmodel = L(own)(inner=_inner)"
+    part = "from functools import partial\nfrom detectron2.modeling import GeneralizedRCNN\n"
+    for i, body in enumerate((own, f"{part}model._target_ = partial(GeneralizedRCNN, vis_period=0)")):
+        ran = cli("plan", "--config-file", write_lazy(tmp_path / str(i), body=body), "--weights", weights)
+        assert ran.code == 0 and "3 of 3 thing classes carried" in ran.out, ran.err
+        (tmp_path / str(i) / "data.json").unlink()
+        DatasetCatalog.remove("lazy_data")
+        MetadataCatalog.remove("lazy_data")
+
+
+def test_an_override_that_takes_the_model_away_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a node `model` made with LazyCall"):
+        load(str(write_config(tmp_path, "")), ["model=null"])
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -464,6 +564,26 @@ def test_new_rows_are_fitted_to_the_same_bits_as_from_a_yaml(tmp_path: Path, wei
     assert same_bits(states["lazy"], states["yaml"])
 
 
+OWN_DATASET = """
+def own_dataset():
+    from detectron2.data import DatasetCatalog
+    return DatasetCatalog.get("lazy_data")
+dataloader.train.dataset = L(own_dataset)()
+"""
+
+
+def test_fit_takes_images_from_a_dataset_function_of_the_config(tmp_path: Path, weights: Path) -> None:
+    fit = f"head_adapt.update(fit=dict(images=4, parts=['box']), target_classes={NEW})\n"
+    path = write_lazy(tmp_path, NEW, body=fit + OWN_DATASET, images=6)
+    common = ["fit", "--config-file", path, "--weights", weights, "--output"]
+    ran = cli(*common, tmp_path / "own.pth")
+    assert ran.code == 0 and "fitted 1 of 1 new classes" in ran.out, ran.err
+    path.write_text(path.read_text().replace(OWN_DATASET, "dataloader.train.dataset.names = []"))
+    ran = cli(*common, tmp_path / "none.pth")
+    assert ran.code == 2 and "dataloader.train.dataset.names: expected a dataset to fit new rows on" in ran.err
+    assert not (tmp_path / "none.pth").exists()
+
+
 def test_predict_takes_names_from_the_file_and_sizes_from_the_test_mapper(tmp_path: Path, weights: Path) -> None:
     config = write_lazy(tmp_path, ["never", "read"])
     (tmp_path / "data.json").unlink()
@@ -498,7 +618,9 @@ def test_the_doctor_looks_at_everything_that_a_lazyconfig_has(tmp_path: Path, we
         ("HA126", "model.pixel_std = [1.0]", "model.pixel_std"),
         ("HA301", "train.init_checkpoint = 'gone.pth'", "gone.pth"),
         ("HA309", "head_adapt['freeze'] = ['nothing.*']", "head_adapt.freeze"),
-        ("HA501", "model.backbone.bottom_up.out_features = ['res9']", "model._target_"),
+        ("HA501", "model.backbone.bottom_up.out_features = ['res9']", "model.backbone.bottom_up"),
+        ("HA101", "model.roi_heads.num_classes = '${gone}'", "model.roi_heads.num_classes"),
+        ("HA101", "model.roi_heads._target_ = 'gone.Heads'", "_target_ 'gone.Heads'"),
     ],
 )
 def test_the_doctor_finds_a_mistake_and_says_it_in_the_config_s_words(

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog
 from helpers.commands import ROOT, cli, fresh_loggers, python
 from helpers.datasets import write_coco
 from helpers.files import HEAD
-from helpers.lazy import write_lazy
-from helpers.models import model_of
+from helpers.lazy import write_lazy, write_yaml
+from helpers.models import model_of, same_bits
+from omegaconf import OmegaConf
 from PIL import Image
 
 from d2_headadapt import HeadAdaptCheckpointer
 from d2_headadapt.engine import default_argument_parser
+from d2_headadapt.engine import main as train_yaml
 from d2_headadapt.errors import ConfigError, HeadAdaptError, PlanRefused, ResumeError, UsageError
 from d2_headadapt.files import read_checkpoint
-from d2_headadapt.lazy.training import main
+from d2_headadapt.lazy.training import DEFAULTS, main
 from d2_headadapt.provenance import KEY
 
 TOOL = ROOT / "tools" / "lazyconfig_train_net.py"
@@ -119,12 +123,32 @@ def test_a_run_goes_on_and_with_other_classes_only_where_it_is_asked_to(tmp_path
     ("arguments", "error", "message"),
     [
         (["optimizer.params=null"], ConfigError, r"optimizer\.params: expected a node that training needs"),
+        (["optimizer.params=3"], ConfigError, r"optimizer\.params: expected a node that training needs, found 3"),
         (["train.amp.enabled=True"], ConfigError, r"train\.amp\.enabled: expected False on a CPU"),
         (["train.max_iter=0"], ConfigError, r"HA122, train\.max_iter: expected at least 1 iteration"),
         (["optimizer.lr=90"], None, ""),
         (["head_adapt.freeze=['nothing.*']"], ConfigError, r"head_adapt\.freeze"),
-        (["train.init_checkpoint=gone.pth"], HeadAdaptError, r"gone\.pth.*Correct train\.init_checkpoint"),
+        (
+            ["train.init_checkpoint=gone.pth"],
+            HeadAdaptError,
+            r"gone\.pth: expected a checkpoint file, found no such file",
+        ),
         (["dataloader.train.dataset.names=gone"], HeadAdaptError, "'gone'"),
+        (
+            ["dataloader.train.dataset.names=[]"],
+            ConfigError,
+            r"dataloader\.train\.dataset: .*get_detection_dataset_dicts",
+        ),
+        (["train.amp=True"], ConfigError, r"train\.amp: expected a value like dict\(enabled=False\), found True"),
+        (["train.eval_period=null"], ConfigError, r"train\.eval_period: expected a value like 5000, found None"),
+        (["train.init_checkpoint=3"], ConfigError, r"train\.init_checkpoint: expected a value like '', found 3"),
+        (["train.device=gpu"], ConfigError, r"train\.device: expected cpu, cuda or cuda:N, found 'gpu'"),
+        (
+            ["dataloader.evaluator=COCO"],
+            ConfigError,
+            r"dataloader\.evaluator: expected a LazyCall, or a list of them",
+        ),
+        (["dataloader.test=3"], ConfigError, r"dataloader\.test: expected one LazyCall"),
     ],
 )
 def test_what_cannot_be_trained_says_which_node(tmp_path: Path, arguments: Any, error: Any, message: str) -> None:
@@ -135,6 +159,51 @@ def test_what_cannot_be_trained_says_which_node(tmp_path: Path, arguments: Any, 
         return
     with pytest.raises(error, match=message):
         run(config, *arguments)
+
+
+def test_classes_that_nobody_names_are_said_to_be_unknown(tmp_path: Path) -> None:
+    own = "def own_dataset():\n    return __import__('detectron2.data').data.DatasetCatalog.get('lazy_data')\n"
+    body = f'{NO_FIT}{own}dataloader.train.dataset = L(own_dataset)()\ndataloader.pop("test")'
+    run(write_lazy(tmp_path, body=body), "train.max_iter=1")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "The classes are not known" in log and "head_adapt.target_classes" in log
+
+
+def test_without_a_test_set_nothing_is_evaluated(tmp_path: Path) -> None:
+    """Although detectron2's own evaluator interpolates its name."""
+    run(write_lazy(tmp_path, body=f'{NO_FIT}dataloader.pop("test")'), "train.max_iter=1")
+    assert "Nothing is evaluated: the config has no dataloader.test" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_run_s_saved_config_is_told_from_a_yaml_and_can_be_run_again(tmp_path: Path, weights: Path) -> None:
+    run(write_lazy(tmp_path, body=NO_FIT), f"train.init_checkpoint={weights}", "train.max_iter=1")
+    saved = tmp_path / "out" / "config.yaml"
+    ran = cli("plan", "--config-file", saved, "--weights", weights)
+    assert ran.code == 1 and "found a LazyConfig, as a run of one saves it" in ran.err, ran.err
+    lines = re.findall(r"(from detectron2\.config import LazyConfig), and (globals.*\))\.$", ran.err, re.MULTILINE)
+    (tmp_path / "again.py").write_text("\n".join(lines[0]))
+    run(tmp_path / "again.py", "--resume", "train.max_iter=2")
+    assert state(tmp_path / "out" / "model_final.pth")["iteration"] == 1
+
+
+def test_two_iterations_train_the_same_bits_as_from_a_yaml(tmp_path: Path, weights: Path) -> None:
+    """Same seed, same data, flips included: the two trainers draw the same random numbers in the same order."""
+    # One size to choose from in both: a number alone is two for detectron2, and takes a draw.
+    sizes = "dataloader.train.mapper.augmentations[0].short_edge_length = [64]\n"
+    config = write_lazy(tmp_path, NEW, body=NO_FIT + sizes, images=6)
+    run(config, f"train.init_checkpoint={weights}", "train.max_iter=2", "lr_multiplier.warmup_length=0")
+    args = ["--config-file", str(write_yaml(tmp_path, FIT={"ENABLED": False}))]
+    keys = {
+        "MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "yaml", "SOLVER.MAX_ITER": 2, "SOLVER.BASE_LR": 0.0005,
+        "SOLVER.WARMUP_ITERS": 0, "SOLVER.IMS_PER_BATCH": 2, "INPUT.MIN_SIZE_TRAIN": "(64,)",
+        "INPUT.MAX_SIZE_TRAIN": 96, "DATALOADER.NUM_WORKERS": 0, "DATASETS.TEST": "()",
+    }  # fmt: skip
+    train_yaml(default_argument_parser().parse_args([*args, *(str(word) for pair in keys.items() for word in pair)]))
+    ours, theirs = (state(tmp_path / folder / "model_final.pth")["model"] for folder in ("out", "yaml"))
+    assert same_bits(ours, theirs)
+    assert not torch.equal(
+        ours[f"{HEAD}.bbox_pred.weight"][:4], state(weights)["model"][f"{HEAD}.bbox_pred.weight"][12:16]
+    )
 
 
 def test_frozen_parameters_stay(tmp_path: Path, weights: Path) -> None:
@@ -166,7 +235,7 @@ def test_tasks_on_boxes_need_one_line_beside_their_keys(tmp_path: Path) -> None:
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "dataloader.train.mapper is a TaskMapper now, for the labels of parity" in log
     # With stock's heads the same keys would train nothing: refused, with what to type.
-    with pytest.raises(ConfigError, match=r"Set model\.roi_heads\._target_=HeadAdaptROIHeads"):
+    with pytest.raises(ConfigError, match=r"Set model\.roi_heads\._target_=d2_headadapt\.HeadAdaptROIHeads"):
         run(config, "model.roi_heads._target_=detectron2.modeling.roi_heads.StandardROIHeads")
 
 
@@ -215,6 +284,12 @@ def test_a_classifier_of_images_trains_from_a_csv(tmp_path: Path) -> None:
     # One loss is the total.
     assert {"total_loss", "tasks/colour/top1", "tasks/colour/macro_f1"} <= set(metrics(tmp_path))
     assert state(tmp_path / "out" / "model_final.pth")[KEY]["tables"]["colour"] == ["blue", "red"]
+
+
+def test_what_train_may_leave_out_has_detectron2_s_values() -> None:
+    stock = OmegaConf.to_container(model_zoo.get_config("common/train.py").train)
+    stock.pop("max_iter")
+    assert stock == DEFAULTS
 
 
 # -- the tool ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes
 from helpers.classifier import classifier, picture, pictures
 from helpers.fit import SETTINGS, scene, scenes, tiny_model
 from helpers.models import build_seeded, model_of, names, same_bits, state_of, stock_model
@@ -30,8 +31,9 @@ from d2_headadapt import (
 )
 from d2_headadapt.errors import CheckpointFileError, ClassTableError, ConfigError, DatasetError, PlanRefused
 from d2_headadapt.fit import fit_new_rows
-from d2_headadapt.own_loop import _entries
+from d2_headadapt.mapped import MappedCheck, entries_of
 
+ANY = MappedCheck(None, None)
 QUICK = replace(SETTINGS, parts=("box",), penalties=(1e-2, 1e-3), box_penalties=(0.3, 0.1))
 OLD, NEW = ["ant", "bee", "cat"], ["gnu", "Cat"]
 SCORES = "roi_heads.box_predictor.cls_score.weight"
@@ -194,9 +196,9 @@ def test_labels_of_whole_images_fit_as_from_a_dataset() -> None:
 
 def test_an_endless_loader_ends_and_an_image_counts_once() -> None:
     mapped = [{**scene(entry), "file_name": f"{entry['image_id']}.png"} for entry in scenes(5)]
-    assert len(_entries(itertools.cycle([mapped]), 12)) == 5
-    assert len(_entries(itertools.cycle([mapped]), 3)) == 3
-    assert len(_entries([scene(entry) for entry in scenes(4)], 300)) == 4  # without names each is another
+    assert len(entries_of(itertools.cycle([mapped]), 12, ANY)) == 5
+    assert len(entries_of(itertools.cycle([mapped]), 3, ANY)) == 3
+    assert len(entries_of([scene(entry) for entry in scenes(4)], 300, ANY)) == 4  # without names each is another
 
 
 def test_labels_are_read_from_instances_and_tasks() -> None:
@@ -204,7 +206,7 @@ def test_labels_are_read_from_instances_and_tasks() -> None:
     mapped["instances"].gt_colour = torch.tensor([2, -1])
     mapped["instances"].gt_tags = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
     mapped["tasks"] = {"light": torch.tensor(1), "mood": torch.tensor([0.0, 1.0])}
-    [entry] = _entries([mapped], 9)
+    [entry] = entries_of([mapped], 9, ANY)
     assert [box["category_id"] for box in entry["annotations"]] == mapped["instances"].gt_classes.tolist()
     assert [box["tasks"] for box in entry["annotations"]] == [
         {"colour": 2, "tags": [0, 2]},
@@ -247,6 +249,128 @@ def test_images_of_another_form_are_refused(images: Any, words: str) -> None:
     with pytest.raises(DatasetError, match=words):
         fit_rows(model, images, {"thing": [1]}, settings=QUICK)
     assert same_bits(before, state_of(model))
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "rows first": (lambda d, t: {"image": d["image"].permute(1, 2, 0)}, r"3 channels.*permute\(2, 0, 1\)"),
+    "flat": (lambda d, t: {"image": d["image"][0]}, r"pixels \(C, H, W\)"),
+    "double": (lambda d, t: {"image": d["image"].double()}, "float64"),
+    "no height": (lambda d, t: {"image": d["image"][:, :0]}, r"\(3, 0, 64\)"),
+    "annotations": (lambda d, t: {"instances": []}, "a value of type list"),
+    "tasks": (lambda d, t: {"tasks": None}, "under 'tasks', found None"),
+    "no boxes": (lambda d, t: t.remove("gt_boxes"), "in gt_boxes, found NoneType"),
+    "bare boxes": (lambda d, t: t.set("gt_boxes", t.gt_boxes.tensor), "in gt_boxes, found Tensor"),
+    "broken boxes": (lambda d, t: t.set("gt_boxes", Boxes(t.gt_boxes.tensor * torch.nan)), "not finite"),
+    "no classes": (lambda d, t: t.remove("gt_classes"), "in gt_classes, found NoneType"),
+    "float classes": (lambda d, t: t.set("gt_classes", t.gt_classes.float()), "found torch.float32"),
+    "class too high": (lambda d, t: t.set("gt_classes", t.gt_classes * 0 + 3), "a class of the model's 3, found 3"),
+    "another size": (lambda d, t: t.__setattr__("_image_size", (128, 128)), r"\(128, 128\) of an image of \(64, 64\)"),
+}
+
+
+@pytest.mark.parametrize("mapper", [False, True])
+@pytest.mark.parametrize("case", BAD)
+def test_an_image_that_no_mapper_would_give_is_refused(case: str, mapper: bool) -> None:
+    change, words = BAD[case]
+
+    def spoilt(entry: dict[str, Any]) -> dict[str, Any]:
+        mapped = scene(entry)
+        return {**mapped, **(change(mapped, mapped["instances"]) or {})}
+
+    model, dataset = tiny_model("standard"), scenes(3)
+    before = state_of(model)
+    images, how = (dataset, spoilt) if mapper else ([spoilt(entry) for entry in dataset], None)
+    with pytest.raises(DatasetError, match=words):
+        fit_rows(model, images, {"thing": [1]}, mapper=how, settings=QUICK)
+    assert same_bits(before, state_of(model))
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [(None, "type NoneType"), (3, "type int"), ({"image": 3}, "type dict"), ([], "read only once"), (iter(()), "once")],
+)
+def test_images_that_are_none_are_refused(images: Any, words: str) -> None:
+    with pytest.raises(DatasetError, match=words):
+        fit_rows(tiny_model("standard"), images, {"thing": [1]})
+
+
+@pytest.mark.parametrize(
+    ("images", "mapper", "words"),
+    [(scenes(2), "x", "a function"), (scenes(2), lambda entry: None, "type NoneType"), ([3], scene, "dicts of a dat")],
+)
+def test_a_mapper_that_is_none_is_refused(images: Any, mapper: Any, words: str) -> None:
+    with pytest.raises(HeadAdaptError, match=words):
+        fit_rows(tiny_model("standard"), images, {"thing": [1]}, mapper=mapper)
+
+
+def test_a_first_image_that_cannot_be_read_is_passed_over() -> None:
+    def broken(entry: dict[str, Any]) -> dict[str, Any]:
+        if entry["image_id"] == 0:
+            raise OSError("truncated")
+        return scene(entry)
+
+    report = fit_rows(tiny_model("standard"), scenes(10), {"thing": [1]}, mapper=broken, settings=QUICK)
+    assert report.images == 9 and report.skipped == (("0", "truncated"),)
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [
+        ({"thing": [3]}, "thing classes from 0 to 2, found 3"),
+        ({"thing": [-1]}, "from 0 to 2, found -1"),
+        ({"things": [1]}, r"\(thing\), found 'things'.*Nearest: 'thing'"),
+        ({SCORES: [1]}, r"label spaces of the model \(thing\)"),
+        ({3: [1]}, "found 3"),
+    ],
+)
+def test_rows_that_no_head_has_are_refused(new: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        fit_rows(tiny_model("standard"), [scene(entry) for entry in scenes(3)], new)
+
+
+def test_what_is_no_model_and_no_settings_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="model: expected a model, found a value of type NoneType"):
+        adapt_state_dict(model.state_dict(), None, NEW)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="model: expected a model, found a value of type OrderedDict"):
+        fit_rows(model.state_dict(), [], {"thing": [1]})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="settings: expected FitSettings, found a value of type dict"):
+        fit_rows(model, [], {"thing": [1]}, settings={"images": 3})  # type: ignore[arg-type]
+
+
+def test_a_wrapped_model_is_fitted_as_the_model_inside() -> None:
+    images = [scene(entry) for entry in scenes(10)]
+    bare, wrapped = tiny_model("standard"), tiny_model("standard")
+    fit_rows(bare, images, {"thing": [1]}, settings=QUICK)
+    report = fit_rows(nn.DataParallel(wrapped), images, {"thing": [1]}, settings=QUICK)
+    assert "roi_heads.box_predictor" in report.solved and same_bits(state_of(bare), state_of(wrapped))
+
+
+def test_nothing_new_reads_no_image(model: nn.Module) -> None:
+    def never() -> Any:
+        raise AssertionError
+        yield
+
+    assert fit_rows(model, never(), {"thing": []}).images == 0
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to("meta"),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_tensors_without_rows_of_numbers_are_refused(form: Any, old: nn.Module, model: nn.Module) -> None:
+    weights = {**state_of(old), SCORES: form(state_of(old)[SCORES])}
+    with pytest.raises(CheckpointFileError, match=rf"under '{SCORES}'"):
+        adapt_state_dict(weights, model, NEW, source=OLD)
+
+
+def test_a_target_for_a_head_that_is_not_there_is_refused(old: nn.Module, model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"target: .*\(thing\), found 'things'.*Nearest: 'thing'"):
+        adapt_state_dict(old.state_dict(), model, {"things": NEW}, source=OLD)
 
 
 @pytest.mark.parametrize("new", [None, 3, ["gnu"], {"thing": ["gnu"]}, {"thing": 1}, {"thing": [True]}])

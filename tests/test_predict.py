@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import yaml
 from detectron2.modeling import build_model
 from helpers.commands import cli
 from helpers.datasets import write_coco
+from helpers.export import saved_classifier
 from helpers.models import tiny_cfg
 from PIL import Image
 
 from d2_headadapt import ClassTable
 from d2_headadapt.checkpoint import HeadAdaptCheckpointer
 from d2_headadapt.configuring import load_config
+from d2_headadapt.predicting import Predictor
 from d2_headadapt.settings import AdaptSettings, attach_settings
 
 NAMES = ["yak", "zebra", "gnu"]
@@ -80,6 +83,93 @@ def test_random_rows_are_not_predicted_with(place: Path) -> None:
     (place / "c.yaml").write_text(yaml.safe_dump(config))
     ran = predict(place)
     assert ran.code == 1 and "okapi" in ran.err and not (place / "seen").exists()
+    # The user typed no --eval-only.
+    assert f"error: {place / 'trained.pth'}: " in ran.err and "--eval-only" not in ran.err
+
+
+def test_random_parameters_are_not_predicted_with(place: Path) -> None:
+    """Every class is carried; the boxes would still come from an RPN that nobody trained."""
+    last = ("--least-score", "0")  # what stands behind --images is an image
+    ran = predict(place, *last, "MODEL.RPN.CONV_DIMS", "[4]")
+    assert ran.code == 1 and "none of its shape for proposal_generator.rpn_head.conv" in ran.err
+    assert not (place / "seen").exists()
+    ran = predict(place, *last, "MODEL.RPN.CONV_DIMS", "[4]", "MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL", "True")
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_output_that_can_be_no_folder_is_a_message(name: str, place: Path) -> None:
+    (place / "file").write_text("mine")
+    ran = predict(place, "--output", place / name)
+    assert ran.code == 1 and f"error: {place / name}: expected a folder" in ran.err
+    assert (place / "file").read_text() == "mine"
+
+
+def test_where_no_image_can_be_used_nothing_is_written(place: Path) -> None:
+    broken = sorted((place / "data").iterdir())[:2]
+    for path in broken:
+        path.write_bytes(b"no image")
+    ran = predict(place, images=broken)
+    assert ran.code == 1 and "found none of 2; of the first: cannot identify" in ran.err
+    assert not (place / "seen").exists()
+
+
+def test_an_image_that_the_model_fails_on_is_passed_over(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (1, 1)).save(place / "one.png")
+    call = Predictor.__call__
+
+    def failing(self: Predictor, image: Any) -> Any:
+        if image.shape[0] == 1:
+            raise RuntimeError("output size is too small")
+        return call(self, image)
+
+    monkeypatch.setattr(Predictor, "__call__", failing)
+    images = [place / "one.png", sorted((place / "data").iterdir())[0]]
+    ran = predict(place, images=images)
+    assert ran.code == 0 and f"{images[0]}: the model fails on it (RuntimeError: output size is too small)" in ran.out
+    found = json.loads((place / "seen" / "predictions.json").read_text())
+    assert found[0]["error"] == "RuntimeError: output size is too small" and "detections" in found[1]
+
+
+@pytest.mark.parametrize("score", ["2", "-0.1", "nan", "x"])
+def test_a_score_that_is_none_is_a_wrong_command_line(score: str, place: Path) -> None:
+    ran = predict(place, "--least-score", score)
+    assert ran.code == 2 and "--least-score" in ran.err and ran.out == ""
+
+
+@pytest.mark.parametrize("words", [["INPUT.FORMAT", "RGB"], ["model.x=3"]])
+def test_overrides_that_images_swallow_are_told_apart(words: list[str], place: Path) -> None:
+    first = sorted((place / "data").iterdir())[0]
+    ran = predict(place, images=[first, *words])
+    assert ran.code == 1 and f"error: {words[0]}: " in ran.err and "last, behind --output" in ran.err
+    assert "Correct the path" in predict(place, images=[first, "none.png"]).err
+
+
+def test_a_size_below_nothing_is_a_message(place: Path) -> None:
+    ran = predict(place, "--least-score", "0", "INPUT.MIN_SIZE_TEST", "-3")
+    assert ran.code == 1 and "error: INPUT.MIN_SIZE_TEST: expected the pixels" in ran.err and "found -3" in ran.err
+
+
+def test_what_is_said_of_an_image_with_tasks_is_words(tmp_path: Path) -> None:
+    config, weights = saved_classifier(tmp_path)
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    files = ["--config-file", config, "--weights", weights, "--output", tmp_path / "seen"]
+    ran = cli("predict", *files, "--images", tmp_path / "x.png")
+    assert ran.code == 0, ran.err
+    assert re.search(r"x\.png: colour: (red|green) \d+%$", ran.out, re.MULTILINE)
+
+
+def test_a_model_without_boxes_and_tasks_is_refused(tmp_path: Path) -> None:
+    """Its picture would be the photograph, and its line "nothing"."""
+    cfg = tiny_cfg(masks=False)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = "SemanticSegmentor", 4
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM, cfg.MODEL.SEM_SEG_HEAD.NORM = 8, "BN"
+    (tmp_path / "c.yaml").write_text(cfg.dump())
+    HeadAdaptCheckpointer(build_model(cfg), str(tmp_path)).save("trained", iteration=9)
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    ran = predict(tmp_path, images=[tmp_path / "x.png"])
+    assert ran.code == 1 and "SemanticSegmentor, which gives sem_seg" in ran.err
+    assert not (tmp_path / "seen").exists()
 
 
 def test_a_folder_without_images_is_a_message(place: Path) -> None:

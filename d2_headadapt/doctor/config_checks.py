@@ -77,7 +77,7 @@ def names_datasets(context: DoctorContext) -> Iterator[Finding]:
             "DATASETS.TRAIN",
             "no dataset",
             "one to train on; to predict or evaluate alone, none is needed",
-            "Name one: DATASETS: {TRAIN: [my_train]}.",
+            "Write DATASETS.TRAIN: [my_train].",
         )
 
 

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from ..classes import ClassTable
@@ -21,7 +22,7 @@ from ..datasets import register_datasets
 from ..errors import DatasetError, HeadAdaptError
 from ..lazy.loading import load
 from ..lazy.mirror import mirror_of
-from ..lazy.words import is_lazy_file
+from ..lazy.words import is_lazy_file, unresolved
 from ..loading import check_exists, plan_file
 from ..plan import AdaptPlan
 from ..recipes import LazyRecipe, Recipe, resolved_recipe
@@ -219,7 +220,8 @@ class DoctorContext:
                 self._made[key] = make()
             except PartMissing as missing:
                 self._made[key] = missing
-            except Exception as error:
+            except Exception as exc:
+                error = unresolved(exc, self.config_file) if isinstance(exc, OmegaConfBaseException) else exc
                 # Also what torch or a user's component raises: a doctor that crashes helps nobody.
                 text = f"{error.where} cannot be used" if isinstance(error, HeadAdaptError) else str(error)
                 self._made[key] = PartMissing(part, error, " ".join(text.split())[:200] or type(error).__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from detectron2.config import CfgNode
@@ -15,7 +15,7 @@ from tabulate import tabulate
 from termcolor import colored
 
 from ..errors import ConfigError, DatasetError, HeadAdaptError
-from ..lazy.words import in_lazy_words
+from ..lazy.words import fix_in_lazy_words, in_lazy_words
 
 # Each module of checks enters its own when it is imported.
 from . import box_checks as box_checks
@@ -109,12 +109,13 @@ def run_checks(context: DoctorContext, checks: Iterable[Check]) -> Report:
 
 
 def _in_lazy_words(finding: Finding) -> Finding:
-    words = [in_lazy_words(text) for text in (finding.where, finding.found, finding.expected, finding.fix)]
-    return Finding(finding.code, finding.severity, *words)
+    where, found = in_lazy_words(finding.where), in_lazy_words(finding.found)
+    expected, fix = fix_in_lazy_words(finding.expected), fix_in_lazy_words(finding.fix)
+    return Finding(finding.code, finding.severity, where, found, expected, fix)
 
 
-def report_text(report: Report) -> str:
-    """The report for a terminal: coloured where standard output is one."""
+def report_text(report: Report, say: Callable[[str], str] = str) -> str:
+    """The report for a terminal: coloured where standard output is one. ``say`` puts the titles of checks."""
     blocks = []
     for finding in report.findings:
         head = colored(f"{finding.severity} {finding.code}", COLOURS[finding.severity], attrs=["bold"])
@@ -123,7 +124,7 @@ def report_text(report: Report) -> str:
             f"{head}  {finding.where}\n" + tabulate(lines, tablefmt="plain", maxcolwidths=[None, 100], stralign="left")
         )
     if report.not_run:
-        rows = [(code, CHECKS[code].title, reason) for code, reason in sorted(report.not_run.items())]
+        rows = [(code, say(CHECKS[code].title), reason) for code, reason in sorted(report.not_run.items())]
         blocks.append(
             "not run:\n" + tabulate(rows, tablefmt="plain", maxcolwidths=[None, 50, 60], disable_numparse=True)
         )

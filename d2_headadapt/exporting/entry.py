@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..predicting import Predictor
 from ..provenance import Provenance
 from ..tasks.classifier import MultiTaskClassifier
 from .flat import FlatModel
-from .formats import ExportedModel, exported_bytes
+from .formats import ExportedModel, exported_bytes, refusing
 from .parity import TOLERANCE, Parity, score_cuts
 
 
@@ -66,19 +67,21 @@ def export_model(
         side: short side of the drawn images.
 
     Raises:
-        ExportError: the model has no such form, its outputs differ by more than :data:`~.parity.TOLERANCE`, or
-            no detection was there to be compared.
+        ExportError: the model has no such form or fails by itself, its outputs differ by more than
+            :data:`~.parity.TOLERANCE`, or no detection was there to be compared.
         ConfigError: a given image is of a size that the model does not take.
     """
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     given = list(images)
     drawn = drawn_images(_drawn_sizes(model, side))
-    flat = FlatModel(model, given[0] if given else drawn[0])
+    with _running(model):
+        flat = FlatModel(model, given[0] if given else drawn[0])
     named = {f"image {i + 1}": image for i, image in enumerate(given)}
     refused = False
     for image in drawn:
         try:
-            flat(image)
+            with _running(model):
+                flat(image)
         except ConfigError:
             # Flattened features have a fixed width; the given images were taken, or the first drawn one.
             refused = True
@@ -128,7 +131,8 @@ def _compare(flat: FlatModel, exported: ExportedModel, form: str, named: Mapping
     cuts, limit = score_cuts(flat.model)
     parity = Parity()
     for name, image in tqdm(named.items(), desc="compare", unit="image", disable=len(named) < 5):
-        eager = flat(image)
+        with _running(flat.model):
+            eager = flat(image)
         try:
             found = exported(image)
         except Exception as exc:
@@ -153,6 +157,12 @@ def _compare(flat: FlatModel, exported: ExportedModel, form: str, named: Mapping
             fix="Nothing was written. Name photographs that have its classes: --image FILE ...",
         )
     return parity
+
+
+def _running(model: nn.Module) -> AbstractContextManager[None]:
+    """A model that fails by itself is nothing to compare with."""
+    expected = "a model of tensors that runs on the images given, and on drawn ones"
+    return refusing(type(model).__name__, expected, "Nothing was written. Mend the model: it fails before any export.")
 
 
 def _nearly(flat: FlatModel, image: torch.Tensor) -> list[dict[str, torch.Tensor]]:

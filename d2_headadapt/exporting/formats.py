@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from detectron2.utils.file_io import PathManager
-from torch import nn
 
 from ..errors import CheckpointFileError, ExportError, HeadAdaptError
 from ..provenance import Provenance
@@ -45,7 +44,11 @@ def exported_bytes(flat: FlatModel, form: str, known: Provenance, *, any_size: b
 
 
 def _traced(flat: FlatModel, known: Provenance, any_size: bool) -> bytes:
-    with _refusing("traced", flat.model, "Only models of one image in and tensors out can be traced."):
+    with refusing(
+        f"format traced, {type(flat.model).__name__}",
+        "a model that torch can export",
+        "Only models of one image in and tensors out can be traced.",
+    ):
         trace: Any = torch.jit.trace
         module = trace(flat.adapter, flat.adapter.flattened_inputs, check_trace=False)
     return torchscript_bytes(module, known)
@@ -65,7 +68,9 @@ def _onnx(flat: FlatModel, known: Provenance, any_size: bool) -> bytes:
             fix="Type --format traced, or MODEL.KEYPOINT_ON False.",
         )
     buffer = io.BytesIO()
-    with _refusing("onnx", flat.model, "Type --format traced."):
+    with refusing(
+        f"format onnx, {type(flat.model).__name__}", "a model that torch can export", "Type --format traced."
+    ):
         torch.onnx.export(
             flat.adapter,
             flat.adapter.flattened_inputs,
@@ -88,8 +93,12 @@ _EXPORTERS: Mapping[str, Callable[[FlatModel, Provenance, bool], bytes]] = {
 
 
 @contextmanager
-def _refusing(form: str, model: nn.Module, fix: str) -> Iterator[None]:
-    """Turn whatever an exporter raises into a message."""
+def refusing(where: str, expected: str, fix: str) -> Iterator[None]:
+    """Turn whatever an exporter or a model raises into a message.
+
+    Raises:
+        ExportError: with the first line of what was raised.
+    """
     try:
         yield
     except HeadAdaptError:
@@ -97,9 +106,9 @@ def _refusing(form: str, model: nn.Module, fix: str) -> Iterator[None]:
     except Exception as exc:
         lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
         raise ExportError(
-            f"format {form}, {type(model).__name__}",
-            expected="a model that torch can export",
-            found=f"{type(exc).__name__}: {lines[0][:300] if lines else ''}",
+            where,
+            expected=expected,
+            found=": ".join([type(exc).__name__, *(line[:300] for line in lines[:1])]),
             fix=fix,
         ) from exc
 

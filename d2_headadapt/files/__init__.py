@@ -256,7 +256,7 @@ def _check_model(path: str, model: Any) -> None:
         if not isinstance(name, str):
             _refuse(path, f"the key {_short(name)} in 'model' where text belongs", "Save names as keys.")
         if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            if not is_dense(value):
                 _refuse(path, f"a sparse, quantised or empty-handed tensor {_short(name)}", "Save dense tensors.")
         elif name.endswith("_extra_state"):
             continue
@@ -264,6 +264,13 @@ def _check_model(path: str, model: Any) -> None:
             model[name] = np.asarray(value, value.dtype.newbyteorder("="))
         else:
             _refuse(path, f"{_name_of(value)} under {_short(name)} in 'model'", "Save tensors only under 'model'.")
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers can be taken row by row: neither sparse, quantised nor without any."""
+    return isinstance(value, torch.Tensor) and not (
+        value.layout != torch.strided or value.is_meta or value.is_quantized
+    )
 
 
 def _name_of(value: Any) -> str:

@@ -53,6 +53,9 @@ def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()
         raise
     except Exception as exc:
         raise _not_loaded(config_file, exc) from exc
+    if NODE not in cfg:
+        _refuse_lost_node(config_file)
+    _override(cfg, opts)
     if not is_lazy(cfg):
         raise ConfigError(
             config_file,
@@ -60,9 +63,6 @@ def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()
             found=f"the nodes {', '.join(map(str, cfg)) or 'none'}",
             fix="Write model = L(...)(...), or import one: from .base import model.",
         )
-    if NODE not in cfg:
-        _refuse_lost_node(config_file)
-    _override(cfg, opts)
     make_absolute(cfg.get(NODE), os.getcwd())
     return cfg
 
@@ -149,8 +149,9 @@ def make_absolute(node: Any, folder: str) -> None:
 
 def _not_loaded(config_file: str, exc: Exception) -> ConfigError:
     cause: Any = exc.__cause__ if isinstance(exc, SyntaxError) and exc.__cause__ is not None else exc
-    frames = [f for f in traceback.extract_tb(exc.__traceback__) if os.path.abspath(f.filename) != _DETECTRON2_LOADER]
-    own = [f for f in frames if f.filename.endswith(".py") and os.path.dirname(f.filename) != os.path.dirname(__file__)]
+    frames = traceback.extract_tb(exc.__traceback__)
+    # Statements of files, not functions of libraries that they call.
+    own = [f for f in frames if f.filename.endswith(".py") and f.name == "<module>"]
     line = cause.lineno if isinstance(cause, SyntaxError) else None
     # detectron2 parses a file under no name, and names it in an exception around Python's.
     named = re.search(r"Config file (.*) has syntax error", str(exc))
@@ -165,14 +166,18 @@ def _not_loaded(config_file: str, exc: Exception) -> ConfigError:
     )
 
 
-_DETECTRON2_LOADER = os.path.abspath(str(LazyConfig.load.__code__.co_filename))
-
-
 def _override(cfg: DictConfig, opts: Sequence[str]) -> None:
     known = [key for key in _keys(cfg) if not key.rpartition(".")[2].startswith("_")]
     for text in opts:
         key, equals, _ = text.partition("=")
         key = key.lstrip("+")
+        if text.startswith("--"):
+            raise UsageError(
+                f"command line, {text!r}",
+                expected="options before the first key=value",
+                found="one behind it",
+                fix=f"Move {text} in front.",
+            )
         if not equals or re.fullmatch(r"[A-Z][A-Z_]*(\.[A-Z0-9_]+)*", key):
             raise UsageError(
                 f"command line, {text!r}",

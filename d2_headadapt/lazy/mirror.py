@@ -102,9 +102,11 @@ def _mirror_input(cfg: CfgNode, lazy: DictConfig) -> None:
     cfg.INPUT.RANDOM_FLIP = "horizontal" if mirrored else "vertical" if flips else "none"
     for _, call in calls(select(lazy, "dataloader.test")):
         if target_of(call) is T.ResizeShortestEdge:
-            size = select(call, "short_edge_length")
-            cfg.INPUT.MIN_SIZE_TEST = int(size[0] if isinstance(size, (list, tuple)) else size)
-            cfg.INPUT.MAX_SIZE_TEST = int(call.get("max_size", cfg.INPUT.MAX_SIZE_TEST))
+            size, most = select(call, "short_edge_length"), select(call, "max_size")
+            size = size[0] if isinstance(size, list) and size else size
+            # Anything else is refused by its own constructor.
+            cfg.INPUT.MIN_SIZE_TEST = size if isinstance(size, int) else cfg.INPUT.MIN_SIZE_TEST
+            cfg.INPUT.MAX_SIZE_TEST = most if isinstance(most, int) else cfg.INPUT.MAX_SIZE_TEST
 
 
 def _read_node(cfg: CfgNode, node: Any) -> None:

@@ -19,7 +19,6 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
@@ -31,6 +30,7 @@ from ..errors import ConfigError, UsageError
 from ..fit.calm import CalmSettings
 from ..fit.options import FitSettings
 from ..fit.training import FitHook
+from ..launching import log_to
 from ..recipes import LazyRecipe
 from ..selecting import freeze
 from ..tasks.spec import task_specs
@@ -75,7 +75,7 @@ def setup(args: argparse.Namespace) -> LazyRecipe:
     _complete(lazy)
     _check_evaluation(lazy)
     # What is settled is said, and before the config is dumped.
-    setup_logger(lazy.train.output_dir, distributed_rank=comm.get_rank(), name="d2_headadapt")
+    log_to(lazy.train.output_dir)
     made = prepare(lazy)
     default_setup(lazy, args)
     return LazyRecipe(made.config, made.settings, lazy)
@@ -85,8 +85,8 @@ def _complete(lazy: DictConfig) -> None:
     """Write what ``train`` leaves out, in place."""
     given = lazy.get("train") or {}
     for key, default in DEFAULTS.items():
-        value = given.get(key, default)
-        if value is None and default == "":
+        value = given.get(key) if key in given else None
+        if key not in given or (value is None and default == ""):
             given[key] = default
         elif not isinstance(value, DictConfig if isinstance(default, dict) else type(default)):
             raise ConfigError(
@@ -95,12 +95,16 @@ def _complete(lazy: DictConfig) -> None:
                 found=f"{value!r} ({type(value).__name__})",
                 fix="Correct it, or leave it out for this value.",
             )
+    # Also the keys inside `amp` and its like.
     lazy.train = OmegaConf.merge(OmegaConf.create(DEFAULTS, flags={"allow_objects": True}), given)
 
 
 def _check_evaluation(lazy: DictConfig) -> None:
     """Raise for what an evaluation would stumble over: it comes after the training."""
     if select(lazy, "dataloader.test") is None:
+        if select(lazy, "dataloader") is not None:
+            # detectron2's own takes its dataset from there, so a config with it alone could not even be saved.
+            lazy.dataloader.pop("evaluator", None)
         return
     evaluator = select(lazy, "dataloader.evaluator")
     several = isinstance(evaluator, ListConfig)
@@ -112,7 +116,7 @@ def _check_evaluation(lazy: DictConfig) -> None:
             raise ConfigError(
                 key,
                 expected="one LazyCall" if key.endswith("test") else "a LazyCall, or a list of them",
-                found=shorten([str(one) for one in found], 1),
+                found=", ".join(type(one).__name__ for one in found) or "an empty list",
                 fix="Evaluate on one dataset in a run, and on another with --eval-only and another config."
                 if key.endswith("test")
                 else "Write dataloader.evaluator = L(COCOEvaluator)(dataset_name=...), or leave it out.",
@@ -189,6 +193,11 @@ def train(recipe: LazyRecipe, resume: bool) -> None:
     _require(lazy)
     if cfg.MODEL.HEAD_ADAPT.DOCTOR:
         examine_before_training(cfg, lazy)
+    if not recipe.settings.target:
+        logger.warning(
+            "The classes are not known, so class counts stay as they are written and no class is moved by its name: "
+            "dataloader.train names no dataset. Name the classes in head_adapt.target_classes."
+        )
     model = recipe.build()
     frozen = freeze(model, cfg.MODEL.HEAD_ADAPT.FREEZE)
     if frozen:
@@ -249,8 +258,11 @@ def _require(lazy: DictConfig) -> None:
         ("optimizer.params", "optimizer = model_zoo.get_config('common/optim.py').SGD"),
         ("lr_multiplier", "lr_multiplier = model_zoo.get_config('common/coco_schedule.py').lr_multiplier_1x"),
     ):
-        if OmegaConf.select(lazy, key) is None:
-            raise ConfigError(key, expected="a node that training needs", found="none", fix=f"Write it: {example}.")
+        found = OmegaConf.select(lazy, key)
+        if found is None or (key == "optimizer.params" and target_of(found) is None):
+            raise ConfigError(
+                key, expected="a node that training needs", found=repr(found), fix=f"Write it: {example}."
+            )
     if lazy.train.amp.enabled and lazy.train.device == "cpu":
         raise ConfigError(
             "train.amp.enabled",

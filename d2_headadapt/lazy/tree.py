@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from detectron2.config import instantiate
@@ -33,13 +34,14 @@ def built(node: Any, path: str) -> Any:
         for frame, number in traceback.walk_tb(exc.__traceback__):
             if frame.f_code is _INSTANTIATE:
                 called = frame.f_locals.get("cls", called)
-            line = f"{frame.f_code.co_filename}, line {number}"
+            if str(frame.f_globals.get("__name__")).partition(".")[0] not in ("detectron2", "torch", "d2_headadapt"):
+                line = f" ({frame.f_code.co_filename}, line {number})"
         called = called.shown if isinstance(called, Call) else called
         where = next((inner for inner, call in calls(node) if called is not None and target_of(call) == called), "")
         raise ConfigError(
             f"{path}.{where}" if where else path,
             expected=f"arguments that {getattr(called, '__name__', 'its _target_')} can be called with",
-            found=f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]} ({line})",
+            found=f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}{line}",
             fix="Correct the arguments of that node, or its _target_.",
         ) from exc
 
@@ -62,9 +64,10 @@ class Call:
     ) -> None:
         self.call, self.arguments, self.after = call, dict(arguments), after
         self.shown = call if shown is None else shown
-        # What LazyConfig.save writes in place of an object.
-        self.__qualname__ = self.shown.__qualname__
-        self.__module__ = _convert_target_to_string(self.shown).removesuffix(f".{self.__qualname__}")
+        # What LazyConfig.save writes in place of an object. A partial or what a config file defines has no such name.
+        with suppress(AttributeError):
+            self.__module__ = _convert_target_to_string(self.shown).removesuffix(f".{self.shown.__qualname__}")
+            self.__qualname__ = self.shown.__qualname__
 
     def __call__(self, **own: Any) -> Any:
         made = self.call(**{**self.arguments, **own})
@@ -103,7 +106,7 @@ def target_of(node: Any) -> Any:
         raise ConfigError(
             f"_target_ {found!r}",
             expected="the full name of a class or function that can be imported",
-            found=f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}",
+            found=f"{type(exc).__name__}: {' '.join(str(exc).split())}",
             fix="Correct it, as in detectron2.modeling.GeneralizedRCNN.",
         ) from exc
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,10 +70,12 @@ _NO_VALUE = (
     "to|above|below|higher|lower|for|in|under|and|or|is|are|was|has|have|names|does|of|at|from|with|as|wins|which|that"
 )
 _GIVEN = re.compile(
-    rf"((?:\b(?:[Ss]et|[Ww]rite|[Aa]dd|[Tt]ype|or) |: |type: |<code>)(?:{_LAZY})):? "
+    rf"((?:\b(?:[Ss]et|[Ww]rite|[Aa]dd|[Tt]ype:?|or) |<code>)(?:{_LAZY})):? "
     rf"(?!(?:{_NO_VALUE})(?:[\s,;]|$)|=)"
     r"(\"[^\"]*\"|&quot;.*?&quot;|\[[^]]*\]|\([^)]*\)|[^\s\[\]<]+?)(?=[.,;:)]*(?:\s|$|<))"
 )
+# In a fix a colon too stands before what is to be typed.
+_SHOWN = re.compile(rf"(: {_LAZY}) (?!(?:{_NO_VALUE})(?:[\s,;]|$)|=)([^\s\[\]]+?)(?=[.,;:)]*(?:\s|$))")
 _QUOTED = re.compile(rf"({_LAZY}) (\"[^\"]*\")")
 # A list is a tuple in a yaml's command line, which Hydra's grammar has not.
 _TUPLE = re.compile(rf"({_LAZY}=\"?)\(([^)]*?),?\)")
@@ -93,8 +95,13 @@ def in_lazy_words(text: str) -> str:
     return _YAML.sub(".py", text)
 
 
-def as_python(text: str) -> str:
-    """``text`` with each mapping that is to be written, ``{on: box}``, as python has it: ``dict(on="box")``."""
+def words_for(config_file: str) -> Callable[[str], str]:
+    """What puts a text into the words of a config: those of a LazyConfig, or as it is."""
+    return in_lazy_words if is_lazy_file(config_file) else str
+
+
+def fix_in_lazy_words(text: str) -> str:
+    """As :func:`in_lazy_words`, of what is to be typed: a mapping ``{on: box}`` is ``dict(on="box")`` in python."""
 
     def written(match: re.Match[str]) -> str:
         try:
@@ -105,7 +112,7 @@ def as_python(text: str) -> str:
             return match[0]
         return f"{match['name']}={_python(value)}" if match["name"] else _python(value)
 
-    return _MAPPING.sub(written, text)
+    return _MAPPING.sub(written, _SHOWN.sub(r"\1=\2", in_lazy_words(text)))
 
 
 def _python(value: Any) -> str:
@@ -120,7 +127,7 @@ def _python(value: Any) -> str:
 
 def lazy_error(error: HeadAdaptError) -> HeadAdaptError:
     """The same error, of the same class, in the words of a LazyConfig."""
-    expected, fix = (as_python(in_lazy_words(text)) for text in (error.expected, error.fix))
+    expected, fix = fix_in_lazy_words(error.expected), fix_in_lazy_words(error.fix)
     return type(error)(in_lazy_words(error.where), expected=expected, found=in_lazy_words(error.found), fix=fix)
 
 
