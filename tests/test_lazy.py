@@ -416,6 +416,16 @@ def test_what_a_config_file_defines_itself_can_be_the_model(tmp_path: Path, weig
         MetadataCatalog.remove("lazy_data")
 
 
+def test_a_lost_node_is_found_however_it_was_written(tmp_path: Path) -> None:
+    for i, text in enumerate(("head_adapt: str = 'x'", "head_adapt, other = 'x', 1")):
+        path = write_config(tmp_path, f"head_adapt = dict()\n{text}", f"{i}.py")
+        line = path.read_text().splitlines().index(text) + 1
+        with pytest.raises(
+            ConfigError, match=rf"{i}\.py, line {line}, head_adapt: expected a dict of keys, found \(?'x'"
+        ):
+            load(str(path))
+
+
 def test_an_override_that_takes_the_model_away_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a node `model` made with LazyCall"):
         load(str(write_config(tmp_path, "")), ["model=null"])

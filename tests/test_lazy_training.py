@@ -139,6 +139,8 @@ def test_a_run_goes_on_and_with_other_classes_only_where_it_is_asked_to(tmp_path
             ConfigError,
             r"dataloader\.train\.dataset: .*get_detection_dataset_dicts",
         ),
+        (["lr_multiplier=3"], ConfigError, r"lr_multiplier: expected a node that training needs, found 3"),
+        (["train.seed=x"], ConfigError, r"train\.seed: expected a value like -1, found 'x'"),
         (["train.amp=True"], ConfigError, r"train\.amp: expected a value like dict\(enabled=False\), found True"),
         (["train.eval_period=null"], ConfigError, r"train\.eval_period: expected a value like 5000, found None"),
         (["train.init_checkpoint=3"], ConfigError, r"train\.init_checkpoint: expected a value like '', found 3"),

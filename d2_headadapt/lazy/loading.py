@@ -71,14 +71,19 @@ def _refuse_lost_node(config_file: str) -> None:
     """Raise where the file has a ``head_adapt`` that is no dict: detectron2 leaves such a value out of a config."""
     with PathManager.open(config_file) as file:
         statements = ast.parse(file.read()).body
-    named = [one for one in statements if isinstance(one, ast.Assign) and NODE in map(ast.unparse, one.targets)]
-    if named:
+    named = [one for one in statements if isinstance(one, (ast.Assign, ast.AnnAssign)) and _stores(one)]
+    if named and named[-1].value is not None:
         raise ConfigError(
             f"{config_file}, line {named[-1].lineno}, {NODE}",
             expected="a dict of keys",
             found=ast.unparse(named[-1].value),
             fix=f'Write {NODE} = dict(source_classes="coco"), or leave it out.',
         )
+
+
+def _stores(statement: ast.stmt) -> bool:
+    names = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return any(name.id == NODE and isinstance(name.ctx, ast.Store) for name in names)
 
 
 def is_lazy(cfg: Any) -> bool:

@@ -84,7 +84,7 @@ def setup(args: argparse.Namespace) -> LazyRecipe:
 def _complete(lazy: DictConfig) -> None:
     """Write what ``train`` leaves out, in place."""
     given = lazy.get("train") or {}
-    for key, default in DEFAULTS.items():
+    for key, default in {**DEFAULTS, "seed": -1}.items():
         value = given.get(key) if key in given else None
         if key not in given or (value is None and default == ""):
             given[key] = default
@@ -259,7 +259,7 @@ def _require(lazy: DictConfig) -> None:
         ("lr_multiplier", "lr_multiplier = model_zoo.get_config('common/coco_schedule.py').lr_multiplier_1x"),
     ):
         found = OmegaConf.select(lazy, key)
-        if found is None or (key == "optimizer.params" and target_of(found) is None):
+        if found is None or (key != "train.max_iter" and target_of(found) is None):
             raise ConfigError(
                 key, expected="a node that training needs", found=repr(found), fix=f"Write it: {example}."
             )
