@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 from helpers.commands import cli
 from helpers.repository import SOURCE, Repository, adopted
 
+from d2_headadapt.adopting import training
 from d2_headadapt.adopting.training import _say_torchrun_alone
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -68,18 +68,19 @@ def test_torchrun_starts_the_processes(tmp_path: Path) -> None:
     assert "but the script did not join them" not in ran.out + ran.err
 
 
-def test_processes_of_torchrun_that_do_not_meet_are_told_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_processes_of_torchrun_that_do_not_meet_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """detectron2's launch starts one process in each of them, as it does without this package."""
+    told: list[str] = []
+    # Not by what is logged: how often a record is handled depends on the loggers that other tests set up.
+    monkeypatch.setattr(training.logger, "warning", lambda text, *_: told.append(text))
     _say_torchrun_alone.cache_clear()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(logging.getLogger("d2_headadapt"), "propagate", True)
     for _ in range(2):
         _say_torchrun_alone()
     _say_torchrun_alone.cache_clear()
-    assert caplog.text.count("torchrun started 2 processes, but the script did not join them") == 1
+    (text,) = told
+    assert "the script did not join them" in text
 
 
 def test_a_package_with_relative_imports_and_processes_of_its_own(tmp_path: Path) -> None:
