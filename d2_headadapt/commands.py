@@ -15,7 +15,6 @@ from detectron2.utils.logger import setup_logger
 
 from .adopting import Adoption, run_script
 from .checkpoint import HeadAdaptCheckpointer
-from .configuring import build_on_meta as build_on_meta
 from .doctor.explain import explanation_text
 from .doctor.running import checks_markdown, examine, report_json, report_text
 from .engine import command, refuse_new_rows

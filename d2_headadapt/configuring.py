@@ -5,24 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import re
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
-from torch import nn
 
 from .classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from .components import add_component_keys, import_components
 from .config import add_headadapt_config
 from .datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
-from .errors import ConfigError, DatasetError, HeadAdaptError, UsageError
+from .errors import ConfigError, DatasetError, UsageError
 from .settings import AdaptSettings, apply_num_classes
 from .tasks.checks import check_tasks
 from .tasks.data import say_unused_tasks, settle_tasks
@@ -243,51 +239,6 @@ def _say_what_wins(cfg: CfgNode, target: ClassTable, space: str) -> None:
             len(target),
             len(trained),
         )
-
-
-@contextmanager
-def building() -> Iterator[None]:
-    """Turn what a model's constructor raises, and fvcore for a component that nobody registered, into a message.
-
-    Raises:
-        ConfigError: with the line of code that failed, because keys of somebody's component are known to it alone.
-    """
-    try:
-        yield
-    except HeadAdaptError:
-        raise
-    except Exception as exc:
-        found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(exc))
-        if found is None:
-            last = traceback.extract_tb(exc.__traceback__)[-1]
-            text = " ".join(f"{type(exc).__name__}: {exc}".split())
-            raise ConfigError(
-                "config",
-                expected="a model that can be built",
-                found=f"{text[:300]} (line {last.lineno} of {last.filename})",
-                fix="Correct the keys under MODEL that this line is about.",
-            ) from exc
-        raise ConfigError(
-            f"config, {found[2]}",
-            expected="the name of a registered component",
-            found=repr(found[1]),
-            fix="Correct the key under MODEL that names it, or register it in a module given with --import.",
-        ) from exc
-
-
-def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model's names and shapes without its memory; on the CPU where a module does not build on the meta device."""
-    on_meta = cfg.clone()
-    on_meta.defrost()
-    on_meta.MODEL.DEVICE = "meta"
-    with building():
-        try:
-            with torch.device("meta"):
-                model: nn.Module = build_model(on_meta)
-        except (NotImplementedError, RuntimeError):
-            on_meta.MODEL.DEVICE = "cpu"
-            model = build_model(on_meta)
-    return model
 
 
 def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:

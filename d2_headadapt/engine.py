@@ -21,9 +21,10 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from .building import building
 from .checkpoint import HeadAdaptCheckpointer
 from .classes import shorten
-from .configuring import building, load_config, resolve_config
+from .configuring import load_config, resolve_config
 from .doctor.running import examine_before_training
 from .errors import PlanRefused, UsageError
 from .evaluators import build_evaluator as build_evaluator

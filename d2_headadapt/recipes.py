@@ -15,8 +15,9 @@ from detectron2.modeling import build_model
 from omegaconf import DictConfig
 from torch import nn
 
+from .building import build_on_meta, building
 from .classes import ClassTable
-from .configuring import build_on_meta, building, load_config, resolve_config
+from .configuring import load_config, resolve_config
 from .errors import ConfigError, UsageError
 from .fit.images import Mapper
 from .fit.training import mapper_at_test_size, training_dicts

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
-from d2_headadapt.commands import build_on_meta
+from d2_headadapt.building import build_on_meta
 from d2_headadapt.configuring import all_keys, load_config
 from d2_headadapt.datasets import register_datasets
 from d2_headadapt.vocabularies import zoo_tables

@@ -34,9 +34,10 @@ loading untrained checkpoint
 fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.anchors fit.rpn fit.dense fit.scores
 fit.text fit.boxes fit.masks
 fit.tasks fit.calm fit.entry fit.report fit.training fit
-mapped own_loop components configuring
+mapped own_loop components building configuring
 lazy.words lazy.loading lazy.tree lazy.counts lazy.mirror lazy.preparing lazy recipes
 doctor.context doctor.finding doctor.coco_json doctor.reading doctor.config_checks doctor.training_checks
+doctor.component_checks
 doctor.data_checks doctor.box_checks doctor.field_checks doctor.image_checks
 doctor.weights_checks doctor.resume_checks doctor.text_checks doctor.walking doctor.model_checks
 doctor.running doctor

@@ -11,7 +11,7 @@ from helpers.files import HEAD, logged, save_stock, texts
 from helpers.models import model_of, names, stock_model, tiny_cfg
 
 from d2_headadapt import AdaptPlan, AdaptSettings, ClassTable, HeadAdaptCheckpointer
-from d2_headadapt.commands import build_on_meta
+from d2_headadapt.building import build_on_meta
 from d2_headadapt.errors import CheckpointFileError, PlanRefused
 from d2_headadapt.loading import asks_heuristics, check_exists, plan_file, plan_load, refuse_plan
 from d2_headadapt.names import SettledNames

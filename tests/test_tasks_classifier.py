@@ -15,7 +15,7 @@ from helpers.classifier import TASKS, classifier, classifier_cfg, picture, pictu
 from torch import nn
 
 from d2_headadapt import MultiTaskClassifier
-from d2_headadapt.commands import build_on_meta
+from d2_headadapt.building import build_on_meta
 from d2_headadapt.errors import ConfigError, DatasetError
 from d2_headadapt.settings import settings_of
 from d2_headadapt.tasks.dry_run import dry_run

@@ -29,7 +29,7 @@ from d2_headadapt import (
     layouts_of,
     vocabulary,
 )
-from d2_headadapt.configuring import build_on_meta
+from d2_headadapt.building import build_on_meta
 from d2_headadapt.datasets import register_datasets
 from d2_headadapt.errors import TextError
 from d2_headadapt.text.predictor import TextClassifier

@@ -207,7 +207,7 @@ def load_ours_unverified(file: str) -> dict[str, float]:
 
 def plan(file: str) -> dict[str, float]:
     """Planning without loading: seconds after imports, model built on the meta device included, and bytes touched."""
-    from d2_headadapt.commands import build_on_meta
+    from d2_headadapt.building import build_on_meta
     from d2_headadapt.loading import plan_file
     from d2_headadapt.settings import AdaptSettings
 

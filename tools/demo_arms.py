@@ -34,7 +34,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from tqdm import tqdm
 
-from d2_headadapt.commands import build_on_meta
+from d2_headadapt.building import build_on_meta
 from d2_headadapt.configuring import load_config, resolve_config
 from d2_headadapt.engine import Trainer, build_evaluator, default_argument_parser, setup
 from d2_headadapt.errors import HeadAdaptError, UsageError

@@ -13,8 +13,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..tasks.dry_run import evaluating
+from .component_checks import components
 from .finding import DoctorContext, Finding, PartMissing, check
-from .training_checks import components
 from .walking import Trouble, tensors_of, walk
 
 BATCHES = (2, 3)

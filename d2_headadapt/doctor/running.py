@@ -19,6 +19,7 @@ from ..lazy.words import fix_in_lazy_words, in_lazy_words
 
 # Each module of checks enters its own when it is imported.
 from . import box_checks as box_checks
+from . import component_checks as component_checks
 from . import config_checks as config_checks
 from . import data_checks as data_checks
 from . import field_checks as field_checks

@@ -1,4 +1,4 @@
-"""HA121-HA130: schedule, batches, input, keypoints and components, as far as the config alone shows them."""
+"""HA121-HA130 but HA128: schedule, batches, input and keypoints, as far as the config alone shows them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-    StandardROIHeads,
-)
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from omegaconf import DictConfig
@@ -29,7 +17,8 @@ from PIL import Image
 
 from ..classes import did_you_mean
 from ..lazy.tree import select, target_of
-from .finding import DoctorContext, Finding, PartMissing, Severity, check, is_stock, value_of
+from .config_checks import DETECTION
+from .finding import DoctorContext, Finding, PartMissing, Severity, check
 
 RATE_PER_IMAGE = 0.02 / 16
 """detectron2's own rule for R-CNN with SGD: 0.02 at 16 images a batch, and in proportion."""
@@ -39,21 +28,6 @@ MOST, LEAST = 4.0, 0.001
 AdamW's usual 1e-4 at 16 images is 0.005 times the rule."""
 OKS_SIGMAS = 17
 """pycocotools brings the sigmas of COCO's 17 keypoints."""
-
-DETECTION = ("GeneralizedRCNN", "PanopticFPN")
-COMPONENTS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
-    ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, ()),
-    ("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork")),
-    ("MODEL.ANCHOR_GENERATOR.NAME", ANCHOR_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork", "RetinaNet")),
-    ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, DETECTION),
-    ("MODEL.SEM_SEG_HEAD.NAME", SEM_SEG_HEADS_REGISTRY, ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")),
-)
-HEADS: tuple[tuple[str, Any, str], ...] = (
-    ("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY, ""),
-    ("MODEL.ROI_MASK_HEAD.NAME", ROI_MASK_HEAD_REGISTRY, "MASK_ON"),
-    ("MODEL.ROI_KEYPOINT_HEAD.NAME", ROI_KEYPOINT_HEAD_REGISTRY, "KEYPOINT_ON"),
-)
-"""Key, registry, and the switch under MODEL; Res5ROIHeads builds no box head."""
 
 
 @check("HA121", "the learning rate fits the batch size", quick=True)
@@ -261,46 +235,6 @@ def processes(context: DoctorContext) -> Iterator[Finding]:
             f"{batch}, and {count} is {where}",
             f"a multiple of {count}",
             f"Write SOLVER.IMS_PER_BATCH: {max(batch // count, 1) * count}.",
-        )
-
-
-@check(
-    "HA128",
-    "every component that the config names is registered",
-    quick=True,
-    yaml_only="a LazyConfig names classes, not entries of registries",
-)
-def components(context: DoctorContext) -> Iterator[Finding]:
-    cfg = context.cfg
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    yield from _unregistered(cfg, "MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY)
-    if not is_stock(META_ARCH_REGISTRY, architecture):
-        return
-    for key, registry, readers in COMPONENTS:
-        if architecture in readers or not readers:
-            yield from _unregistered(cfg, key, registry)
-    heads = cfg.MODEL.ROI_HEADS.NAME
-    if architecture not in DETECTION or heads not in ROI_HEADS_REGISTRY:
-        return
-    found = ROI_HEADS_REGISTRY.get(heads)
-    if found.__module__.partition(".")[0] in ("detectron2", __name__.partition(".")[0]):
-        for key, registry, switch in HEADS:
-            if cfg.MODEL[switch] if switch else issubclass(found, StandardROIHeads):
-                yield from _unregistered(cfg, key, registry)
-
-
-def _unregistered(cfg: CfgNode, key: str, registry: Any) -> Iterator[Finding]:
-    name = value_of(cfg, key)
-    # detectron2's builder knows one name that stands for none.
-    if name not in registry and (key, name) != ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"):
-        known = [entry for entry, _ in registry]
-        yield Finding(
-            "HA128",
-            "error",
-            key,
-            f"{name!r}, which nobody registered",
-            f"a component of the registry {registry._name}: {', '.join(known[:6])}{', ...' if len(known) > 6 else ''}",
-            f"Correct it, or name the module that registers it with --import.{did_you_mean(str(name), known)}",
         )
 
 

@@ -1,0 +1,78 @@
+"""HA128: the registries that a config names entries of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+    StandardROIHeads,
+)
+
+from ..classes import did_you_mean
+from .config_checks import DETECTION
+from .finding import DoctorContext, Finding, check, is_stock, value_of
+
+COMPONENTS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, ()),
+    ("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork")),
+    ("MODEL.ANCHOR_GENERATOR.NAME", ANCHOR_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork", "RetinaNet")),
+    ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, DETECTION),
+    ("MODEL.SEM_SEG_HEAD.NAME", SEM_SEG_HEADS_REGISTRY, ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")),
+)
+HEADS: tuple[tuple[str, Any, str], ...] = (
+    ("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY, ""),
+    ("MODEL.ROI_MASK_HEAD.NAME", ROI_MASK_HEAD_REGISTRY, "MASK_ON"),
+    ("MODEL.ROI_KEYPOINT_HEAD.NAME", ROI_KEYPOINT_HEAD_REGISTRY, "KEYPOINT_ON"),
+)
+"""Key, registry, and the switch under MODEL; Res5ROIHeads builds no box head."""
+
+
+@check(
+    "HA128",
+    "every component that the config names is registered",
+    quick=True,
+    yaml_only="a LazyConfig names classes, not entries of registries",
+)
+def components(context: DoctorContext) -> Iterator[Finding]:
+    cfg = context.cfg
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    yield from _unregistered(cfg, "MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY)
+    if not is_stock(META_ARCH_REGISTRY, architecture):
+        return
+    for key, registry, readers in COMPONENTS:
+        if architecture in readers or not readers:
+            yield from _unregistered(cfg, key, registry)
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    if architecture not in DETECTION or heads not in ROI_HEADS_REGISTRY:
+        return
+    found = ROI_HEADS_REGISTRY.get(heads)
+    if found.__module__.partition(".")[0] in ("detectron2", __name__.partition(".")[0]):
+        for key, registry, switch in HEADS:
+            if cfg.MODEL[switch] if switch else issubclass(found, StandardROIHeads):
+                yield from _unregistered(cfg, key, registry)
+
+
+def _unregistered(cfg: CfgNode, key: str, registry: Any) -> Iterator[Finding]:
+    name = value_of(cfg, key)
+    # detectron2's builder knows one name that stands for none.
+    if name not in registry and (key, name) != ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"):
+        known = [entry for entry, _ in registry]
+        yield Finding(
+            "HA128",
+            "error",
+            key,
+            f"{name!r}, which nobody registered",
+            f"a component of the registry {registry._name}: {', '.join(known[:6])}{', ...' if len(known) > 6 else ''}",
+            f"Correct it, or name the module that registers it with --import.{did_you_mean(str(name), known)}",
+        )
