@@ -249,14 +249,18 @@ def test_what_is_built_here_takes_a_newer_numpy(mode: str, numpy: int) -> None:
     assert len(found) == 1 and found[0].startswith(f"numpy=={numpy}.")
 
 
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run make as a person does, also where these tests were started by make, which tells its children so."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, env=env)
+
+
 @pytest.mark.parametrize("source", ["", "/somewhere/detectron2"])
 def test_detectron2_s_main_branch_has_an_environment_of_its_own(project: Path, source: str) -> None:
-    shown = subprocess.run(
-        ["make", "-n", "test-main", f"D2HA_DETECTRON2_SRC={source}"], cwd=project, capture_output=True, text=True
-    )
+    shown = make(project, "-n", "test-main", f"D2HA_DETECTRON2_SRC={source}")
     assert shown.returncode == 0, shown.stderr
     if not source:
-        ran = subprocess.run(["make", "test-main", "D2HA_DETECTRON2_SRC="], cwd=project, capture_output=True, text=True)
+        ran = make(project, "test-main", "D2HA_DETECTRON2_SRC=")
         said = "test-main: not run, because D2HA_DETECTRON2_SRC names no source of detectron2\n"
         assert (ran.returncode, ran.stdout) == (0, said)
         return
@@ -279,7 +283,9 @@ def test_detectron2_s_main_branch_has_an_environment_of_its_own(project: Path, s
     ],
 )
 def test_every_command_makes_the_environment_first(project: Path, target: str, command: str) -> None:
-    shown = subprocess.run(["make", "-n", target], cwd=project, capture_output=True, text=True, check=True).stdout
+    ran = make(project, "-n", target)
+    assert ran.returncode == 0, ran.stderr
+    shown = ran.stdout
     assert shown.index("tools/setup_env.sh") < shown.index(f".venv/bin/{command}")
 
 
