@@ -24,9 +24,9 @@ def building() -> Iterator[None]:
     """
     try:
         yield
-    except HeadAdaptError:
-        raise
-    except Exception as exc:
+    except (HeadAdaptError, torch.cuda.OutOfMemoryError):
+        raise  # No key under MODEL is wrong where memory is short.
+    except Exception as exc:  # A user's own component may raise anything; the line of code is named, the cause is kept.
         found = re.search(r"No object named '(.*)' found in '(.*)' registry", str(exc))
         if found is None:
             last = traceback.extract_tb(exc.__traceback__)[-1]

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog
 from helpers.datasets import write_coco
 from helpers.files import logged, texts
 
+from d2_headadapt.building import building
 from d2_headadapt.configuring import PathAwareCfgNode, all_keys, load_config, resolve_config
 from d2_headadapt.errors import ConfigError, DatasetError, HeadAdaptError
 
@@ -239,3 +240,8 @@ def test_every_key_is_listed_with_its_path() -> None:
     keys = set(all_keys(load_config("")))
     assert {"MODEL.HEAD_ADAPT.TARGET_CLASSES", "DATASETS.REGISTER", "VERSION"} <= keys
     assert not any(key.startswith(".") or os.sep in key for key in keys)
+
+
+def test_a_full_gpu_is_no_wrong_key() -> None:
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="full"), building():
+        raise torch.cuda.OutOfMemoryError("full")
