@@ -48,7 +48,7 @@ else
 	@VENV='$(abspath $(VENV_MAIN))' DETECTRON2=git DETECTRON2_REPO='$(abspath $(D2HA_DETECTRON2_SRC))' \
 		bash tools/setup_env.sh
 	$(VENV_MAIN)/bin/python tools/detectron2_tests.py
-	$(VENV_MAIN)/bin/python -m pytest --deselect tests/test_run_detectron2.py::test_what_passes_on_stock_passes_under_run $(ARGS)
+	$(VENV_MAIN)/bin/python -m pytest --deselect tests/cli/test_run_detectron2.py::test_what_passes_on_stock_passes_under_run $(ARGS)
 endif
 
 check: env

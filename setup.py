@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["d2_headadapt", "d2_headadapt.*"]),
-    package_data={"d2_headadapt": ["data/*"]},
+    package_data={"d2_headadapt": ["adapt/*.csv", "adapt/*.md", "cli/*.css", "cli/*.js"]},
     install_requires=["torch", "fvcore", "iopath", "pycocotools", "matplotlib", "scikit-learn>=1.3"],
     extras_require={
         "demo": ["opencv-python-headless"],
@@ -45,5 +45,5 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["d2-headadapt = d2_headadapt.cli:main"]},
+    entry_points={"console_scripts": ["d2-headadapt = d2_headadapt.cli.parser:main"]},
 )

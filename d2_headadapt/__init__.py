@@ -11,25 +11,25 @@ if getattr(_util.find_spec("detectron2"), "origin", None) is None:
         "see https://detectron2.readthedocs.io/tutorials/install.html, or run tools/setup_env.sh of this project."
     )
 
-from .checkpoint import HeadAdaptCheckpointer
-from .classes import ClassMap, ClassTable
-from .config import add_headadapt_config
-from .engine import Trainer
+from .adapt.classes import ClassMap, ClassTable
+from .adapt.layouts import HeadLayout
+from .adapt.matching import match_classes
+from .adapt.plan import AdaptPlan, TensorPlan
+from .adapt.planner import plan_adaptation
+from .adapt.registry import layouts_of, register_head_layout
+from .adapt.vocabularies import vocabulary
+from .checkpoint.checkpointer import HeadAdaptCheckpointer
+from .config.keys import add_headadapt_config
+from .config.settings import AdaptSettings
+from .engine.own_loop import adapt_state_dict, fit_rows
+from .engine.train import Trainer
 from .errors import HeadAdaptError
-from .layout_registry import layouts_of, register_head_layout
-from .layouts import HeadLayout
-from .matching import match_classes
-from .own_loop import adapt_state_dict, fit_rows
-from .plan import AdaptPlan, TensorPlan
-from .planning import plan_adaptation
-from .predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
-from .roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdaptROIHeads
-from .settings import AdaptSettings
-from .tasks.backbones import build_conv_net_backbone
-from .tasks.classifier import MultiTaskClassifier
-from .text.predictor import HeadAdaptTextOutputLayers
+from .modeling.backbone import build_conv_net_backbone
+from .modeling.classifier import MultiTaskClassifier
+from .modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
+from .modeling.roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdaptROIHeads
+from .modeling.text.predictor import HeadAdaptTextOutputLayers
 from .version import __version__
-from .vocabularies import vocabulary
 
 __all__ = [
     "PREDICTOR_REGISTRY",

@@ -40,5 +40,5 @@ d2-headadapt plan --config-file "$place/tiny.yaml" --weights "$place/old.pth" \
   >"$place/plan.txt" 2>"$place/plan.err" || { cat "$place/plan.err" >&2 && fail "plan did not run"; }
 grep -q zebra "$place/plan.txt" || fail "plan does not name the new class"
 
-"$@" ARGS="-q -p no:cacheprovider tests/test_classes.py tests/test_cli.py"
+"$@" ARGS="-q -p no:cacheprovider tests/adapt/test_classes.py tests/cli/test_cli.py"
 printf 'smoke: fine, as %s (uid %s) in %s\n' "$(id -un)" "$(id -u)" "$PWD"

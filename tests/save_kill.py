@@ -36,7 +36,7 @@ def save_with_files(folder: str, iteration: int) -> None:
 
 def save_with_checkpointer(folder: str, iteration: int) -> None:
     """The same through ``HeadAdaptCheckpointer.save``."""
-    from d2_headadapt.checkpoint import HeadAdaptCheckpointer
+    from d2_headadapt.checkpoint.checkpointer import HeadAdaptCheckpointer
 
     model = torch.nn.Module()
     for index in range(TENSORS):

@@ -1,11 +1,11 @@
-"""The table of rooms: a module imports only modules above it."""
+"""The table of packages: an arrow runs downwards only, and no files of one package import each other in a circle."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,47 +15,36 @@ import d2_headadapt
 
 PACKAGE = Path(d2_headadapt.__file__).parent
 
-# In this order: a module may import those before it, and `errors` is open to all.
-ROOMS = """
-version errors
-config classes matching layouts
-vocabularies categories entries tasks tasks.labels datasets tasks.spec tasks.data settings
-layout_registry detectron2_layouts tasks.heads tasks.mapper tasks.boxes tasks.checks
-surgery plan groups planning
-report class_picture report_html
-files.arrays files.pickle_machine files.unpickling files.torchzip files.torch_tensors files.torchfile
-files.safetensor_files files.saving files
-names selecting provenance
-moments ranks resuming
-predictor roi_heads text text.bundle text.problems text.preflight text.predictor text.nearest
-tasks.backbones tasks.dry_run tasks.pooling tasks.classifier
-tasks.metrics tasks.metric_files tasks.evaluation tasks.drawing tasks.watching
-loading untrained checkpoint
-fit.options fit.reservoir fit.solvers fit.images fit.sharing fit.rows fit.anchors fit.rpn fit.dense fit.scores
-fit.text fit.boxes fit.masks
-fit.tasks fit.calm fit.entry fit.report fit.training fit
-mapped own_loop components building configuring
-lazy.words lazy.loading lazy.tree lazy.counts lazy.mirror lazy.preparing lazy recipes
-doctor.context doctor.finding doctor.coco_json doctor.reading doctor.config_checks doctor.training_checks
-doctor.component_checks
-doctor.data_checks doctor.box_checks doctor.field_checks doctor.image_checks
-doctor.weights_checks doctor.resume_checks doctor.text_checks doctor.walking doctor.model_checks
-doctor.running doctor
-doctor.known_errors doctor.known_shapes doctor.known_messages doctor.explain
-launching evaluators engine lazy.training
-adopting.configs adopting.models adopting.training adopting.said adopting.adoption adopting.scripts adopting
-predicting
-exporting.tables exporting.flat exporting.scripting exporting.formats exporting.parity exporting.entry exporting
-commands cli
+# One floor a line, from the ground up: a package imports only what stands on lower floors. What shares a floor
+# stands side by side and knows nothing of its neighbour.
+FLOORS = """
+errors version
+files adapt
+data
+config
+modeling
+checkpoint evaluation
+fit
+setup
+doctor
+engine
+export
+cli
 __init__ __main__
 """
+FACES = {"__init__"}
+"""The package's own face hands names on, and is imported by nobody inside."""
 
 
-def rooms(text: str = ROOMS) -> dict[str, int]:
-    """Module -> its place in the table."""
-    names = text.split()
-    assert len(names) == len(set(names)), "a module is in the table twice"
-    return {name: i for i, name in enumerate(names)}
+def floors(text: str = FLOORS) -> dict[str, int]:
+    """Package -> its floor."""
+    found = {name: floor for floor, line in enumerate(text.strip().splitlines()) for name in line.split()}
+    assert len(found) == len(text.split()), "a package is in the table twice"
+    return found
+
+
+def package_of(module: str) -> str:
+    return module.split(".")[0]
 
 
 def imports_of(module: str, source: str, known: Collection[str]) -> set[str]:
@@ -87,14 +76,57 @@ def packages(known: Collection[str]) -> set[str]:
     return {name.rpartition(".")[0] for name in known if "." in name}
 
 
-def wrong_imports(sources: dict[str, str], table: dict[str, int]) -> list[str]:
-    """Every import of a module that stands later in the table, or of none in it, as ``a -> b``."""
+def wrong_arrows(sources: Mapping[str, str], table: Mapping[str, int]) -> list[str]:
+    """Every import of a module on the same or a higher floor, in another package, as ``a -> b``."""
     return [
         f"{name} -> {other}"
         for name, source in sources.items()
         for other in sorted(imports_of(name, source, sources))
-        if other != "errors" and table.get(other, len(table)) >= table.get(name, -1)
+        if package_of(other) != package_of(name)
+        and table.get(package_of(other), len(table)) >= table.get(package_of(name), -1)
     ]
+
+
+def circles(arrows: Mapping[str, Collection[str]]) -> list[list[str]]:
+    """The groups of nodes that reach each other (Tarjan's strongly connected components of more than one node)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in arrows.get(node, ()):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            group = [stack.pop()]
+            while group[-1] != node:
+                group.append(stack.pop())
+            if len(group) > 1 or node in arrows.get(node, ()):
+                found.append(sorted(group))
+
+    for node in arrows:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def file_arrows(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module -> modules it imports. A package's ``__init__`` counts as what it hands on."""
+    return {name: imports_of(name, source, sources) - FACES for name, source in sources.items()}
+
+
+def package_arrows(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Package -> other packages that its files import."""
+    found: dict[str, set[str]] = {}
+    for name, others in file_arrows(sources).items():
+        found.setdefault(package_of(name), set()).update(map(package_of, others))
+    return {name: others - {name} for name, others in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,43 +140,72 @@ def sources() -> dict[str, str]:
     return found
 
 
-def test_every_module_is_in_the_table_and_nothing_else(sources: dict[str, str]) -> None:
-    assert set(rooms()) == set(sources)
+def test_every_package_is_in_the_table_and_nothing_else(sources: dict[str, str]) -> None:
+    assert set(floors()) == set(map(package_of, sources))
 
 
-def test_a_module_imports_only_what_is_above_it(sources: dict[str, str]) -> None:
-    assert wrong_imports(sources, rooms()) == []
+def test_only_the_ground_and_the_face_stand_outside_packages(sources: dict[str, str]) -> None:
+    flat = {name for name in sources if "." not in name and name not in packages(sources)}
+    assert flat == {"errors", "version", "__init__", "__main__"}
+
+
+def test_arrows_run_downwards(sources: dict[str, str]) -> None:
+    assert wrong_arrows(sources, floors()) == []
+
+
+def test_no_circle_between_packages(sources: dict[str, str]) -> None:
+    assert circles(package_arrows(sources)) == []
+
+
+def test_no_circle_inside_a_package(sources: dict[str, str]) -> None:
+    assert circles(file_arrows(sources)) == []
 
 
 @pytest.mark.parametrize(
     ("module", "line", "found"),
     [
-        ("plan", "from .checkpoint import HeadAdaptCheckpointer", "plan -> checkpoint"),
-        ("layouts", "def f():\n    from . import engine", "layouts -> engine"),
-        ("classes", "import d2_headadapt.datasets", "classes -> datasets"),
-        ("classes", "from d2_headadapt.vocabularies import vocabulary", "classes -> vocabularies"),
-        ("config", "import d2_headadapt", "config -> __init__"),
-        ("surgery", "from .surgery import move_rows", "surgery -> surgery"),
-        (
-            "files.arrays",
-            "from ..plan import AdaptPlan\nfrom .saving import write_text",
-            "files.arrays -> files.saving",
-        ),
-        ("files.arrays", "from .. import engine", "files.arrays -> engine"),
-        ("files", "from ..checkpoint import HeadAdaptCheckpointer", "files -> checkpoint"),
+        ("adapt.plan", "from ..checkpoint.checkpointer import HeadAdaptCheckpointer", "checkpoint.checkpointer"),
+        ("adapt.layouts", "def f():\n    from ..engine import train", "engine.train"),
+        ("adapt.classes", "import d2_headadapt.data.datasets", "data.datasets"),
+        ("adapt.classes", "from d2_headadapt.files import shapes_of", "files"),
+        ("config.keys", "import d2_headadapt", "__init__"),
+        ("files.saving", "from ..adapt.plan import AdaptPlan", "adapt.plan"),
+        ("files", "from .. import engine", "engine"),
+        ("evaluation.build", "from ..checkpoint.ranks import agree", "checkpoint.ranks"),
+        ("doctor.finding", "from ..cli.commands import plan", "cli.commands"),
     ],
 )
-def test_mutation_an_upward_import_is_seen(module: str, line: str, found: str, sources: dict[str, str]) -> None:
-    spoilt = wrong_imports({**sources, module: f"{sources[module]}\n{line}\n"}, rooms())
-    assert set(spoilt) - set(wrong_imports(sources, rooms())) == {found}
+def test_mutation_an_upward_arrow_is_seen(module: str, line: str, found: str, sources: dict[str, str]) -> None:
+    spoilt = wrong_arrows({**sources, module: f"{sources[module]}\n{line}\n"}, floors())
+    assert set(spoilt) - set(wrong_arrows(sources, floors())) == {f"{module} -> {found}"}
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "group"),
+    [
+        ("adapt.classes", "from .report import plan_table", {"adapt.classes", "adapt.report"}),
+        ("files.saving", "def f():\n    from . import shapes_of", {"files", "files.saving"}),
+    ],
+)
+def test_mutation_a_circle_inside_a_package_is_seen(
+    module: str, line: str, group: set[str], sources: dict[str, str]
+) -> None:
+    (found,) = circles(file_arrows({**sources, module: f"{sources[module]}\n{line}\n"}))
+    assert group <= set(found)
+
+
+def test_mutation_a_circle_between_packages_is_seen(sources: dict[str, str]) -> None:
+    line = "from ..doctor.finding import Finding"
+    spoilt = {**sources, "setup.components": f"{sources['setup.components']}\n{line}\n"}
+    assert any({"doctor", "setup"} <= set(group) for group in circles(package_arrows(spoilt)))
 
 
 def test_nothing_but_config_declares_keys(sources: dict[str, str]) -> None:
-    """Only ``config.py`` names a key with a value; an assignment elsewhere changes one that is there."""
+    """Only ``config/keys.py`` names a key with a value; an assignment elsewhere changes one that is there."""
     for name, source in sources.items():
         declared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
         makes = [call for call in declared if getattr(call.func, "id", "") == "CfgNode" and not call.args]
-        assert not makes or name == "config", name
+        assert not makes or name == "config.keys", name
 
 
 def test_without_detectron2_one_line_says_how_to_get_it() -> None:

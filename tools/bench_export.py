@@ -35,11 +35,11 @@ from torch import nn
 from tqdm import tqdm
 
 from d2_headadapt import ClassTable, HeadAdaptCheckpointer, vocabulary
-from d2_headadapt.configuring import load_config
 from d2_headadapt.errors import ExportError
-from d2_headadapt.exporting import ENDINGS, ExportedModel, export_model
-from d2_headadapt.exporting.entry import drawn_images
-from d2_headadapt.exporting.flat import FlatModel
+from d2_headadapt.export import ENDINGS, ExportedModel, export_model
+from d2_headadapt.export.entry import drawn_images
+from d2_headadapt.export.flat import FlatModel
+from d2_headadapt.setup.yaml import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "export_bench.json"

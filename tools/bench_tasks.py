@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from d2_headadapt import HeadAdaptCheckpointer
-from d2_headadapt.configuring import load_config
+from d2_headadapt.setup.yaml import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "tasks_bench.json"

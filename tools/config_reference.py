@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from d2_headadapt import config
-from d2_headadapt.entries import DatasetEntry
-from d2_headadapt.tasks.spec import DEFAULTS
+from d2_headadapt.config import keys as config
+from d2_headadapt.data.entry import DatasetEntry
+from d2_headadapt.data.task_spec import DEFAULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "config.md"
@@ -55,7 +55,7 @@ ENTRIES = """\
 
 @dataclass(frozen=True)
 class Key:
-    """One assignment of config.py.
+    """One assignment of ``config/keys.py``.
 
     Args:
         path: from the root of the config, as one types it.
@@ -120,7 +120,7 @@ def render(keys: Iterable[Key]) -> str:
     keys = list(keys)
     silent = [key.path for key in keys if key.default is not None and not key.comment]
     if silent:
-        raise SystemExit(f"config.py: no comment above {', '.join(silent)}. Write one.")
+        raise SystemExit(f"config/keys.py: no comment above {', '.join(silent)}. Write one.")
     parts = []
     for parent in dict.fromkeys(key.path if key.default is None else key.path.rpartition(".")[0] for key in keys):
         own = [key for key in keys if key.default is not None and key.path.rpartition(".")[0] == parent]

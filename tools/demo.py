@@ -42,9 +42,9 @@ from demo_arms import (
 )
 from demo_digits import BASE_CLASSES, SPLITS, TARGET_CLASSES, Split, draw_datasets
 
-from d2_headadapt.engine import Trainer
+from d2_headadapt.adapt.report import plan_table
+from d2_headadapt.engine.train import Trainer
 from d2_headadapt.fit import FitHook
-from d2_headadapt.report import plan_table
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("output/demo")

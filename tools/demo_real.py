@@ -43,10 +43,10 @@ from demo_arms import (
 )
 from tqdm import tqdm
 
+from d2_headadapt.adapt.report import plan_table
+from d2_headadapt.adapt.vocabularies import vocabulary
 from d2_headadapt.errors import UsageError
 from d2_headadapt.files import read_checkpoint
-from d2_headadapt.report import plan_table
-from d2_headadapt.vocabularies import vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("output/demo-real")

@@ -27,7 +27,7 @@ from typing import Any
 from tabulate import tabulate
 
 VARIABLE = "D2HA_DETECTRON2_SRC"
-TESTS = ("tests/modeling", "tests/test_checkpoint.py", "tests/test_engine.py")
+TESTS = ("tests/modeling", "tests/checkpoint/test_checkpointer.py", "tests/engine/test_train.py")
 WITNESS = "D2HA_WITNESS"
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("passed", "failed", "skipped")
@@ -163,8 +163,8 @@ _used = {"heads": 0, "checkpointers": 0}
 
 
 def pytest_configure() -> None:
-    from d2_headadapt.checkpoint import HeadAdaptCheckpointer
-    from d2_headadapt.roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdaptROIHeads
+    from d2_headadapt.checkpoint.checkpointer import HeadAdaptCheckpointer
+    from d2_headadapt.modeling.roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdaptROIHeads
 
     def counted(what: str, init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)

@@ -2,7 +2,7 @@
 """AP against iterations and against seconds: fitted new rows beside stock detectron2.
 
 Both arms train from the same file with the same config, seed, data order, schedule and budget. Stock is
-detectron2's ``DefaultTrainer`` with its ``DetectionCheckpointer``; ours is ``d2_headadapt.engine.Trainer``. An arm is
+detectron2's ``DefaultTrainer`` with its ``DetectionCheckpointer``; ours is ``d2_headadapt.Trainer``. An arm is
 a process of its own, its command printed. Seconds are those of training and of the fit; evaluation does not count.
 
     tools/fit_curves.py --config-file configs/demo.yaml --seeds 1 2 3 --iterations 400 --output output/curves
@@ -92,8 +92,8 @@ def run_arm(args: argparse.Namespace) -> None:
     from detectron2.evaluation import COCOEvaluator
     from detectron2.utils.env import seed_all_rng
 
-    from d2_headadapt.configuring import load_config, resolve_config
-    from d2_headadapt.engine import Trainer
+    from d2_headadapt.engine.train import Trainer
+    from d2_headadapt.setup.yaml import load_config, resolve_config
 
     arm, seed = args.worker, args.seeds[0]
     torch.set_num_threads(args.threads)

@@ -3,8 +3,8 @@
 
 import sys
 
-from d2_headadapt.launching import command, default_argument_parser
-from d2_headadapt.lazy.training import main
+from d2_headadapt.engine.launch import command, default_argument_parser
+from d2_headadapt.engine.train_lazy import main
 
 if __name__ == "__main__":
     sys.exit(command(main, default_argument_parser().parse_args()))

@@ -32,10 +32,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from sklearn.metrics import accuracy_score, f1_score
 
-from d2_headadapt.configuring import load_config, resolve_config
-from d2_headadapt.datasets import task_facts
+from d2_headadapt.data.datasets import task_facts
+from d2_headadapt.data.task_mapper import TaskMapper, build_task_test_loader, build_task_train_loader
 from d2_headadapt.errors import HeadAdaptError, UsageError
-from d2_headadapt.tasks.mapper import TaskMapper, build_task_test_loader, build_task_train_loader
+from d2_headadapt.setup.yaml import load_config, resolve_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "fashion.yaml"

@@ -19,7 +19,7 @@ from detectron2.modeling import (
     StandardROIHeads,
 )
 
-from ..classes import did_you_mean
+from ..adapt.classes import did_you_mean
 from .config_checks import DETECTION
 from .finding import DoctorContext, Finding, check, is_stock, value_of
 

@@ -9,12 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
-from ..classes import nearest
-from ..configuring import all_keys
-from ..datasets import check_same_classes, dataset_table
+from ..adapt.classes import nearest
+from ..config.settings import NUM_CLASSES_KEYS
+from ..data.datasets import check_same_classes, dataset_table
 from ..errors import DatasetError, HeadAdaptError
-from ..settings import NUM_CLASSES_KEYS
-from ..tasks.checks import check_tasks
+from ..setup.task_checks import check_tasks
+from ..setup.yaml import all_keys
 from .finding import DoctorContext, Finding, Severity, check, is_stock, value_of
 
 DETECTION = ("GeneralizedRCNN", "PanopticFPN")

@@ -14,20 +14,20 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ..classes import ClassTable
-from ..components import add_component_keys, import_components
-from ..config import add_headadapt_config
-from ..configuring import load_config
-from ..datasets import register_datasets
+from ..adapt.classes import ClassTable
+from ..adapt.plan import AdaptPlan
+from ..checkpoint.load import check_exists, plan_file
+from ..config.keys import add_headadapt_config
+from ..config.settings import AdaptSettings
+from ..data.datasets import register_datasets
+from ..data.task_datasets import settle_tasks
 from ..errors import DatasetError, HeadAdaptError
-from ..lazy.loading import load
-from ..lazy.mirror import mirror_of
-from ..lazy.words import is_lazy_file, unresolved
-from ..loading import check_exists, plan_file
-from ..plan import AdaptPlan
-from ..recipes import LazyRecipe, Recipe, resolved_recipe
-from ..settings import AdaptSettings
-from ..tasks.data import settle_tasks
+from ..setup.components import add_component_keys, import_components
+from ..setup.lazy.loading import load
+from ..setup.lazy.mirror import mirror_of
+from ..setup.lazy.words import is_lazy_file, unresolved
+from ..setup.recipe import LazyRecipe, Recipe, resolved_recipe
+from ..setup.yaml import load_config
 
 Part = Literal["config", "registered", "settings", "recipe", "resolved", "weights", "plan", "model"]
 QUICK_BYTES = 4 << 20
@@ -66,7 +66,7 @@ class DoctorContext:
     ========== ============================= =================================================================
 
     Args:
-        config_file, opts, imports: as for :func:`d2_headadapt.recipes.read_recipe`.
+        config_file, opts, imports: as for :func:`d2_headadapt.setup.recipe.read_recipe`.
         weights: a checkpoint in place of ``MODEL.WEIGHTS``.
         all_images: look at every image rather than at a sample.
         ready: a config that was resolved already, as the trainer has it; the other arguments then do not count.

@@ -9,8 +9,8 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
-from ..classes import did_you_mean, normalise
-from ..datasets import task_facts
+from ..adapt.classes import did_you_mean, normalise
+from ..data.datasets import task_facts
 from .coco_json import MASK_BROKEN, MASK_NONE, MASK_POLYGON, MASK_RLE, Labels
 from .finding import DoctorContext, Finding, check
 from .reading import coco_path, detected, from_json, has_roi_heads, listed, place, some

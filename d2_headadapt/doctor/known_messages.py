@@ -16,7 +16,7 @@ from detectron2.modeling import (
     SEM_SEG_HEADS_REGISTRY,
 )
 
-from ..classes import did_you_mean
+from ..adapt.classes import did_you_mean
 from .known_errors import Answer, known
 
 REGISTRIES = (

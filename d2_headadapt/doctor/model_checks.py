@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..tasks.dry_run import evaluating
+from ..modeling.task_dry_run import evaluating
 from .component_checks import components
 from .finding import DoctorContext, Finding, PartMissing, check
 from .walking import Trouble, tensors_of, walk

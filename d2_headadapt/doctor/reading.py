@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from numpy.typing import NDArray
 
-from ..tasks.spec import checked_task
+from ..data.task_spec import checked_task
 from .coco_json import Labels, labels_of_dicts, read_coco
 from .finding import DoctorContext, Finding, PartMissing
 

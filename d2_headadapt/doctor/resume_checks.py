@@ -9,11 +9,11 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from ..adapt.report import summary_line
+from ..checkpoint.load import check_exists, plan_file
+from ..checkpoint.optimizer import find_state
 from ..errors import CheckpointFileError
 from ..files import read_checkpoint
-from ..loading import check_exists, plan_file
-from ..moments import find_state
-from ..report import summary_line
 from .finding import DoctorContext, Finding, check
 
 

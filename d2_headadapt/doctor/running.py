@@ -15,7 +15,7 @@ from tabulate import tabulate
 from termcolor import colored
 
 from ..errors import ConfigError, DatasetError, HeadAdaptError
-from ..lazy.words import fix_in_lazy_words, in_lazy_words
+from ..setup.lazy.words import fix_in_lazy_words, in_lazy_words
 
 # Each module of checks enters its own when it is imported.
 from . import box_checks as box_checks
@@ -75,7 +75,7 @@ def examine(
     """Run every check on what the command line names; never raises for what is wrong with it.
 
     Args:
-        config_file, opts, imports: see :func:`d2_headadapt.configuring.load_config`.
+        config_file, opts, imports: see :func:`d2_headadapt.setup.yaml.load_config`.
         weights: a checkpoint in place of ``MODEL.WEIGHTS``.
         all_images: look at every image rather than at a sample.
     """

@@ -1,12 +1,12 @@
-"""HA401-HA407: class embeddings, as the model's constructor would refuse them (:mod:`d2_headadapt.text.problems`)."""
+"""HA401-HA407: class embeddings, as the model's constructor would refuse them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
-from ..text.preflight import preflight
-from ..text.problems import Problem
+from ..modeling.text.preflight import preflight
+from ..modeling.text.problems import Problem
 from .finding import DoctorContext, Finding, Severity, check
 
 TITLES = {

@@ -15,8 +15,8 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from PIL import Image
 
-from ..classes import did_you_mean
-from ..lazy.tree import select, target_of
+from ..adapt.classes import did_you_mean
+from ..setup.lazy.tree import select, target_of
 from .config_checks import DETECTION
 from .finding import DoctorContext, Finding, PartMissing, Severity, check
 

@@ -22,9 +22,9 @@ from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import nn
 
-from ..report import shape_text
-from ..tasks.boxes import has_tasks
-from ..tasks.dry_run import evaluating, padded_size
+from ..adapt.report import shape_text
+from ..modeling.task_boxes import has_tasks
+from ..modeling.task_dry_run import evaluating, padded_size
 
 SIDE = 64
 """Height and width (pixels) of the image that is thought of, before padding."""

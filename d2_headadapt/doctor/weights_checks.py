@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..adapt.plan import AdaptPlan, TensorPlan
+from ..adapt.report import plan_notices
+from ..checkpoint.keys import matched
+from ..checkpoint.load import refuse_plan
+from ..config.settings import NUM_CLASSES_KEYS
 from ..errors import CheckpointFileError, ClassTableError, ConfigError, HeadAdaptError
-from ..loading import refuse_plan
-from ..plan import AdaptPlan, TensorPlan
-from ..report import plan_notices
-from ..selecting import matched
-from ..settings import NUM_CLASSES_KEYS
 from .finding import DoctorContext, Finding, check
 
 PATTERN_KEYS = tuple(f"MODEL.HEAD_ADAPT.{key}" for key in ("INCLUDE", "EXCLUDE", "RENAME"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .entry import fit_new_rows
+from .fit import fit_new_rows
+from .hook import FitHook, mapper_at_test_size, training_dicts
 from .images import Mapper
-from .options import FitReport, FitSettings, PartReport
 from .report import fit_json, fit_lines
-from .training import FitHook, mapper_at_test_size, training_dicts
+from .settings import FitReport, FitSettings, PartReport
 
 __all__ = [
     "FitHook",

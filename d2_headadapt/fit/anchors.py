@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .options import FitSettings
+from .settings import FitSettings
 from .solvers import KEEP_BOX, choose_penalty, ridge_rows
 
 

@@ -16,11 +16,11 @@ from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
 from .images import ImageStream, View
-from .options import FitSettings, PartReport
 from .reservoir import Reservoir
 from .rows import RowWriter
 from .rpn import proposals_of
 from .scores import solve_boxes, solve_scores
+from .settings import FitSettings, PartReport
 from .sharing import gathered, on_rank_zero
 from .text import is_text, solve_text, why_not_text
 

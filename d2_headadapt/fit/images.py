@@ -21,16 +21,16 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from tqdm import tqdm
 
-from .options import FitSettings
 from .reservoir import image_key
+from .settings import FitSettings
 
 logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 """Turns a dataset's entry into ``{"image": (C, H, W), "instances": Instances}``, at test resolution, without chance.
 
-With tasks on images it also gives ``tasks``: labels by task, as :meth:`d2_headadapt.tasks.heads.TaskHead.loss` takes
-those of one image. Those on boxes are fields ``gt_<task>`` of the instances.
+With tasks on images it also gives ``tasks``: labels by task, as a task head takes those of
+one image. Those on boxes are fields ``gt_<task>`` of the instances.
 """
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from tabulate import tabulate
 
-from ..classes import ClassTable, shorten
-from .options import FitReport, PartReport
+from ..adapt.classes import ClassTable, shorten
+from .settings import FitReport, PartReport
 
 _HEADERS = ("part", "action", "why", "regions", "left out", "penalties", "held out, before -> after")
 _MOST = 12

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..adapt.layouts import HeadLayout
+from ..adapt.registry import layouts_of
 from ..errors import LayoutError
-from ..layout_registry import layouts_of
-from ..layouts import HeadLayout
 
 
 @dataclass(frozen=True)

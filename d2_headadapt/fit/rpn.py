@@ -17,9 +17,9 @@ from torch import nn
 
 from .anchors import solve_anchor_boxes
 from .images import ImageStream, View
-from .options import FitSettings, PartReport
 from .reservoir import Reservoir, sample_view
 from .rows import RowWriter, Solution
+from .settings import FitSettings, PartReport
 from .sharing import gathered, on_rank_zero, summed
 from .solvers import KEEP_LOSS, Frame, choose_penalty, logistic_rows
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .options import FitSettings
 from .rows import RowWriter, Solution
+from .settings import FitSettings
 from .solvers import CHUNK, KEEP_BOX, KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows, ridge_rows, softmax_rows
 
 
@@ -28,7 +28,7 @@ class ScoreSolution:
         reason: what was solved, or why nothing was.
         missing: new classes without a region.
         left_out: regions on which a carried class is confident.
-        penalties, score: see :class:`d2_headadapt.fit.options.PartReport`.
+        penalties, score: see :class:`d2_headadapt.fit.settings.PartReport`.
     """
 
     solutions: list[Solution]

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..tasks.boxes import has_tasks
-from ..tasks.dry_run import padded_size
-from ..tasks.heads import MISSING, TaskHead, TaskHeads
+from ..data.task_labels import MISSING
+from ..modeling.task_boxes import has_tasks
+from ..modeling.task_dry_run import padded_size
+from ..modeling.task_heads import TaskHead, TaskHeads
 from .boxes import region_features, stages_of
 from .images import ImageStream, View
-from .options import FitSettings, PartReport
 from .reservoir import Reservoir
 from .rows import RowWriter, Solution
 from .scores import held_out_loss
+from .settings import FitSettings, PartReport
 from .sharing import gathered, on_rank_zero
 from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows, softmax_rows
 

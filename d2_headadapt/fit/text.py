@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..text.predictor import TextClassifier
-from .options import FitSettings
+from ..modeling.text.predictor import TextClassifier
 from .rows import RowWriter, Solution
 from .scores import ScoreSolution
+from .settings import FitSettings
 from .solvers import CHUNK, KEEP_LOSS, Frame, choose_penalty, whitening
 
 STEPS = 40

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
-from d2_headadapt.cli import main
+from d2_headadapt.cli.parser import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGERS = ("d2_headadapt", "detectron2", "fvcore")

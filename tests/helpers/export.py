@@ -12,8 +12,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from d2_headadapt import ClassTable, HeadAdaptCheckpointer
-from d2_headadapt.configuring import load_config
-from d2_headadapt.settings import AdaptSettings, attach_settings
+from d2_headadapt.config.settings import AdaptSettings, attach_settings
+from d2_headadapt.setup.yaml import load_config
 
 from .classifier import classifier_cfg
 from .models import build_seeded, tiny_cfg

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-from d2_headadapt.components import import_components
+from d2_headadapt.setup.components import import_components
 
 
 def fbnet_c4(real: Path) -> ModuleType:

@@ -1,4 +1,4 @@
-"""One job of two processes that trains a tiny detector with tasks on boxes; run by test_tasks_boxes.py.
+"""One job of two processes that trains a tiny detector with tasks on boxes; run by test_task_boxes.py.
 
 Usage: box_task_worker.py FOLDER [mutation]
 Rank 1 never sees a label of some tasks, then no object at all. Each rank writes FOLDER/<rank>.pt, its state afterwards.
@@ -18,8 +18,9 @@ from detectron2.utils.events import EventStorage
 from helpers.box_tasks import labelled_batch, task_model
 from helpers.models import batch
 
-from d2_headadapt.engine import default_argument_parser, launch
-from d2_headadapt.tasks.heads import MISSING, TaskHead
+from d2_headadapt.data.task_labels import MISSING
+from d2_headadapt.engine.train import default_argument_parser, launch
+from d2_headadapt.modeling.task_heads import TaskHead
 
 
 def step_batches(rank: int) -> list[list[dict]]:

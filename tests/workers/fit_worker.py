@@ -14,7 +14,7 @@ import torch
 from detectron2.utils import comm
 from helpers.fit import SETTINGS, scene, scenes, tiny_model
 
-from d2_headadapt.engine import default_argument_parser, launch
+from d2_headadapt.engine.train import default_argument_parser, launch
 from d2_headadapt.fit import fit_new_rows
 
 

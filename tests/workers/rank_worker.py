@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from d2_headadapt import ClassTable, HeadAdaptCheckpointer, register_head_layout
-from d2_headadapt import checkpoint as checkpoint_room
-from d2_headadapt.engine import default_argument_parser, launch
+from d2_headadapt.checkpoint import checkpointer as checkpoint_room
+from d2_headadapt.checkpoint.ranks import digest
+from d2_headadapt.config.settings import AdaptSettings
+from d2_headadapt.engine.train import default_argument_parser, launch
 from d2_headadapt.errors import HeadAdaptError
-from d2_headadapt.ranks import digest
-from d2_headadapt.settings import AdaptSettings
 
 register_head_layout("cls.*", group="head", extra=1)
 OLD, NEW = ClassTable(["cat", "dog", "cow"]), ClassTable(["cow", "owl", "cat", "emu"])

@@ -6,7 +6,7 @@ import os
 from detectron2.utils import comm
 
 from d2_headadapt import Trainer
-from d2_headadapt.ranks import digest
+from d2_headadapt.checkpoint.ranks import digest
 
 after_train = Trainer.after_train
 

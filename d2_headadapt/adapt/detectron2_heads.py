@@ -1,0 +1,134 @@
+"""The layouts of detectron2's own heads, and of its PointRend, DeepLab and Panoptic-DeepLab projects.
+
+Each function reads one module class of detectron2 (named in its docstring) and says where its classes are. Functions
+are entered under class names, so that nothing here imports a project that may not be installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .layouts import HeadLayout
+from .registry import ModuleContext, register_by_class_name
+
+ROI_HEADS = ("ROIHeads", "StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads")
+SEMANTIC_HEADS = ("PointRendSemSegHead", "SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
+
+
+def _thing_group(context: ModuleContext) -> str:
+    owner = context.owner(*ROI_HEADS)
+    return owner[0] if owner and owner[0] else context.name or "thing"
+
+
+def _pair(context: ModuleContext, child: str, space: str, group: str, **kinds: Any) -> Iterator[HeadLayout]:
+    """The same layout for a layer's weight and bias, where each exists."""
+    for leaf in ("weight", "bias"):
+        yield HeadLayout(f"{context.name}.{child}.{leaf}".lstrip("."), space, group, **kinds)
+
+
+def _agnostic(module: nn.Module, rows: int, rows_per_class: int, num_classes: int) -> bool:
+    """One class and class-agnostic have the same shape: the flag our heads leave decides, else the shape does."""
+    declared = getattr(module, "cls_agnostic", None)
+    if declared is not None:
+        return bool(declared)
+    return rows != num_classes * rows_per_class
+
+
+@register_by_class_name("FastRCNNOutputLayers")
+def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
+    """``modeling/roi_heads/fast_rcnn.py``: K + 1 rows with background last, boxes class-major (4, or 5 rotated)."""
+    group = _thing_group(context)
+    part = "box_predictor"
+    if isinstance(getattr(module, "cls_score", None), nn.Module):
+        yield from _pair(context, "cls_score", "thing", group, part=part, extra=1)
+    if isinstance(getattr(module, "bbox_pred", None), nn.Linear):
+        box_dim = len(module.box2box_transform.weights)
+        if _agnostic(module, module.bbox_pred.out_features, box_dim, module.num_classes):
+            kinds: dict[str, Any] = {"axes": (), "rows_per_class": box_dim, "by_choice": True}
+            yield from _pair(context, "bbox_pred", "thing", group, part=part, **kinds)
+        else:
+            yield from _pair(context, "bbox_pred", "thing", group, part=part, rows_per_class=box_dim)
+    yield HeadLayout(f"{context.name}.fed_loss_cls_weights".lstrip("."), "thing", group, "fed_loss", rebuilt=True)
+
+
+@register_by_class_name("MaskRCNNConvUpsampleHead")
+def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
+    """``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
+    owner = context.owner(*ROI_HEADS)
+    num_classes = int(getattr(owner[1], "num_classes", 0)) if owner else module.predictor.out_channels
+    agnostic = _agnostic(module, module.predictor.out_channels, 1, num_classes)
+    kinds: dict[str, Any] = {"axes": (), "by_choice": True} if agnostic else {}
+    yield from _pair(context, "predictor", "thing", _thing_group(context), part="mask_head", **kinds)
+
+
+@register_by_class_name("RetinaNetHead")
+def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
+    """``modeling/meta_arch/retinanet.py`` and ``fcos.py``: row = anchor x K + class; boxes know no class."""
+    anchors = module.bbox_pred.out_channels // 4
+    group = context.name or "thing"
+    yield from _pair(context, "cls_score", "thing", group, part="head", groups=anchors)
+    yield from _pair(context, "bbox_pred", "thing", group, part="head", axes=(), rows_per_class=4, groups=anchors)
+
+
+@register_by_class_name("KRCNNConvDeconvUpsampleHead")
+def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
+    """``modeling/roi_heads/keypoint_head.py``: a transposed convolution, so output channels are axis 1."""
+    weight, bias = _pair(context, "score_lowres", "keypoint", context.name or "keypoint", part="keypoint_head")
+    yield HeadLayout(weight.tensor, weight.space, weight.group, weight.part, axes=((1, 0),))
+    yield bias
+
+
+@register_by_class_name("SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
+def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
+    """``modeling/meta_arch/semantic_seg.py`` and the DeepLab project: one channel per class, no background row."""
+    if isinstance(getattr(module, "predictor", None), nn.Module):
+        owner = context.owner("PointRendSemSegHead")
+        group = owner[0] if owner else context.name
+        yield from _pair(context, "predictor", "stuff", group or "stuff", part="sem_seg_head")
+
+
+@register_by_class_name("ConvFCHead")
+def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
+    """PointRend ``mask_head.py``: the last linear layer is viewed as (K, side, side).
+
+    Implicit PointRend predicts the weights and biases of a small network instead: its last layer's (K, channels)
+    weights and K biases stand at the end of the weights and of the biases.
+    """
+    implicit = context.owner("ImplicitPointRendMaskHead")
+    if implicit is not None:
+        head: Any = implicit[1].point_head
+        before = sum(head.num_weight_params[:-1])
+        between = sum(head.num_bias_params[:-1])
+        axes = ((0, before, head.channels), (0, between, 1))
+        yield from _pair(context, "prediction", "thing", _thing_group(context), part="mask_head", axes=axes)
+        return
+    side = module.output_shape[-1] * module.output_shape[-2]
+    yield from _pair(context, "prediction", "thing", _thing_group(context), part="mask_head", rows_per_class=side)
+
+
+@register_by_class_name("StandardPointHead")
+def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
+    """PointRend ``point_head.py``: the coarse prediction's K channels follow the features in every layer's input."""
+    semantic = context.owner("PointRendSemSegHead")
+    if semantic is not None:
+        space, group, part = "stuff", semantic[0] or "stuff", "sem_seg_head"
+        coarse: Any = semantic[1]
+        num_classes: int = coarse.coarse_sem_seg_head.predictor.out_channels
+    else:
+        owner = context.owner(*ROI_HEADS)
+        space, group, part = "thing", _thing_group(context), "mask_head"
+        num_classes = int(getattr(owner[1], "num_classes", 0)) if owner else module.predictor.out_channels
+    layers = [f"fc{i + 1}" for i in range(len(module.fc_layers))]
+    for i, layer in enumerate(layers):
+        if i == 0 or module.coarse_pred_each_layer:
+            offset = getattr(module, layer).in_channels - num_classes
+            yield HeadLayout(f"{context.name}.{layer}.weight".lstrip("."), space, group, part, axes=((1, offset),))
+    rows = module.predictor.out_channels
+    inputs = ((1, module.predictor.in_channels - num_classes),) if module.coarse_pred_each_layer else ()
+    outputs = () if _agnostic(module, rows, 1, num_classes) else ((0, 0),)
+    weight, bias = _pair(context, "predictor", space, group, part=part)
+    yield HeadLayout(weight.tensor, space, group, part, axes=(*outputs, *inputs), by_choice=not outputs)
+    yield HeadLayout(bias.tensor, space, group, part, axes=outputs, by_choice=not outputs)

@@ -1,0 +1,368 @@
+"""What happens to every tensor when a checkpoint meets a model: computed from names and shapes alone, then applied.
+
+    plan_adaptation(names, shapes, layouts, tables) -> AdaptPlan
+    AdaptPlan.apply(tensors of the file, tensors of the model) -> new state dict
+
+Actions:
+    copied       taken whole: nothing about its classes changed, or it has none
+    carried      taken class by class: some class moved, is new, or was dropped
+    initialised  class-sized, and nothing of it can be taken: the model's own initial values stay
+    kept         not class-sized as far as anyone declared, and not in the file or of another shape: the model's stay
+    dropped      in the file, used by nobody
+    refused      loading it would be wrong, and only the user can say what is meant
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import PlanRefused
+from .classes import ClassMap, ClassTable
+from .layouts import HeadLayout
+
+PLAN_VERSION = 1
+ACTIONS = ("copied", "carried", "initialised", "kept", "dropped", "refused")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor; class numbers are indices into the tables of ``space``.
+
+    Args:
+        name: its name in the model, or in the file where it is dropped.
+        action: one of :data:`ACTIONS`.
+        space: label space of a class-sized or agnostic head tensor, else ``None``.
+        group: its head group, else ``None``.
+        source_shape, target_shape: shapes in the file and in the model; ``None`` where it is not there.
+        carried: ``(target class, source class)`` pairs.
+        new: target classes without a source.
+        dropped: source classes that nobody takes.
+        background: the rows that belong to no class (background) come from the file.
+        verified: the class tables of both sides are known, or the tensor has no classes.
+        reason: why, in words.
+
+    Example:
+        >>> from d2_headadapt import TensorPlan
+        >>> one = TensorPlan("cls_score.bias", "carried", "thing", "head", (4,), (3,), carried=((0, 2),), new=(1,))
+        >>> TensorPlan.from_json(one.to_json()) == one
+        True
+    """
+
+    name: str
+    action: str
+    space: str | None = None
+    group: str | None = None
+    source_shape: Shape | None = None
+    target_shape: Shape | None = None
+    carried: tuple[tuple[int, int], ...] = ()
+    new: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
+    background: bool = False
+    verified: bool = True
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("source_shape", "target_shape"):
+            data[name] = None if data[name] is None else list(data[name])
+        data["carried"] = [list(pair) for pair in self.carried]
+        return {**data, "new": list(self.new), "dropped": list(self.dropped)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorPlan:
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        for name in ("source_shape", "target_shape"):
+            known[name] = None if known.get(name) is None else tuple(known[name])
+        known["carried"] = tuple((int(t), int(s)) for t, s in known.get("carried", ()))
+        known["new"] = tuple(known.get("new", ()))
+        known["dropped"] = tuple(known.get("dropped", ()))
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class AdaptPlan:
+    """The full list of what happens to every tensor of a file and of a model.
+
+    Args:
+        tensors: in model order, then what the file has beside it.
+        source, target: the class tables by label space, as far as they are known.
+        layouts: of the model's head tensors; they expand class indices to tensor rows.
+
+    Example:
+        >>> import torch
+        >>> from d2_headadapt import ClassTable, HeadLayout, plan_adaptation
+        >>> old = {"cls_score.bias": torch.tensor([1.0, 2.0, 3.0, 9.0])}  # ant, bee, cat and background
+        >>> new = {"cls_score.bias": torch.zeros(3)}  # cat, gnu and background
+        >>> plan = plan_adaptation(
+        ...     {name: value.shape for name, value in old.items()},
+        ...     {name: value.shape for name, value in new.items()},
+        ...     [HeadLayout("cls_score.bias", "thing", "head", extra=1)],
+        ...     source_tables={"thing": ClassTable(["ant", "bee", "cat"])},
+        ...     target_tables={"thing": ClassTable(["cat", "gnu"])},
+        ... )
+        >>> plan.apply(old, new)
+        {'cls_score.bias': tensor([3., 0., 9.])}
+        >>> plan.new_classes(), plan.coverage
+        ({'thing': ('gnu',)}, 1.0)
+    """
+
+    tensors: tuple[TensorPlan, ...]
+    source: Mapping[str, ClassTable] = field(default_factory=dict)
+    target: Mapping[str, ClassTable] = field(default_factory=dict)
+    layouts: tuple[HeadLayout, ...] = ()
+
+    def space_of(self, tensor: str) -> str:
+        """The label space of a tensor's classes; empty where it has none."""
+        return next((t.space or "" for t in self.tensors if t.name == tensor), "")
+
+    def by_action(self, *actions: str) -> tuple[TensorPlan, ...]:
+        return tuple(t for t in self.tensors if t.action in actions)
+
+    @property
+    def refused(self) -> tuple[TensorPlan, ...]:
+        return self.by_action("refused")
+
+    @property
+    def loads_nothing(self) -> bool:
+        """No tensor of the model takes anything from the file."""
+        return not self.by_action("copied", "carried")
+
+    def class_map(self, space: str) -> ClassMap | None:
+        """The map of one label space, read back from its tensors; ``None`` where none of them was matched."""
+        if space not in self.source or space not in self.target:
+            return None
+        for t in sorted(self.tensors, key=lambda t: t.action == "initialised"):
+            if t.space == space and t.action in ("copied", "carried", "initialised") and (t.carried or t.new):
+                rows: dict[int, int] = dict(t.carried)
+                return ClassMap(
+                    self.source[space], self.target[space], tuple(rows.get(i) for i in range(len(self.target[space])))
+                )
+        return None
+
+    def new_classes(self) -> dict[str, tuple[str, ...]]:
+        """Names of the classes, by space, of which some row stays as the model was constructed."""
+        found: dict[str, set[int]] = {}
+        for t in self.tensors:
+            if t.space is not None and t.action in ("carried", "initialised") and t.new:
+                found.setdefault(t.space, set()).update(t.new)
+        return {
+            space: tuple(self.target[space].names[i] if space in self.target else f"class {i}" for i in sorted(indices))
+            for space, indices in found.items()
+        }
+
+    @property
+    def coverage(self) -> float:
+        """Share of the file's tensors that find a place in the model."""
+        return self._share(self.tensors)
+
+    def coverage_by_submodule(self) -> dict[str, tuple[int, int]]:
+        """Top-level submodule of the file's names -> (tensors that find a place, tensors in the file)."""
+        parts: dict[str, list[TensorPlan]] = {}
+        for t in self.tensors:
+            if t.source_shape is not None:
+                parts.setdefault(t.name.split(".")[0], []).append(t)
+        return {part: (sum(map(_has_place, ts)), len(ts)) for part, ts in parts.items()}
+
+    @staticmethod
+    def _share(tensors: Iterable[TensorPlan]) -> float:
+        in_file = [t for t in tensors if t.source_shape is not None]
+        return sum(map(_has_place, in_file)) / len(in_file) if in_file else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """Counts by action, by head group, and of classes by label space."""
+        groups: dict[str, Counter[str]] = {}
+        classes: dict[str, dict[str, int]] = {}
+        for t in self.tensors:
+            if t.group is not None:
+                groups.setdefault(t.group, Counter())[t.action] += 1
+        for space in {t.space for t in self.tensors if t.space is not None}:
+            found = self.class_map(space)
+            if found is not None:
+                classes[space] = {
+                    "carried": len(found.carried),
+                    "new": len(found.new),
+                    "dropped": len(found.dropped),
+                }
+            elif space in self.target:
+                classes[space] = {"carried": 0, "new": len(self.new_classes().get(space, ())), "dropped": 0}
+        counts = Counter(t.action for t in self.tensors)
+        return {
+            "actions": {action: counts.get(action, 0) for action in ACTIONS},
+            "groups": {group: dict(count) for group, count in groups.items()},
+            "classes": dict(sorted(classes.items())),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The stable form: plain types only, class numbers as indices."""
+        return {
+            "version": PLAN_VERSION,
+            "source": {space: list(table.names) for space, table in self.source.items()},
+            "target": {space: list(table.names) for space, table in self.target.items()},
+            "tensors": [t.to_json() for t in self.tensors],
+            "summary": self.summary(),
+            "layouts": [{**x.to_json(), "group": x.group, "part": x.part} for x in self.layouts],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> AdaptPlan:
+        """Read :meth:`to_json`'s form, or its text.
+
+        Raises:
+            PlanRefused: not a plan, or of a higher version.
+        """
+        try:
+            loaded: Any = json.loads(data) if isinstance(data, str) else data
+            version = loaded["version"]
+            if version == PLAN_VERSION:
+                return cls(
+                    tuple(TensorPlan.from_json(t) for t in loaded["tensors"]),
+                    {
+                        space: ClassTable(names, f"the plan's {space} source")
+                        for space, names in loaded["source"].items()
+                    },
+                    {
+                        space: ClassTable(names, f"the plan's {space} target")
+                        for space, names in loaded["target"].items()
+                    },
+                    tuple(HeadLayout.from_json(x) for x in loaded.get("layouts", ())),
+                )
+        except (KeyError, TypeError, json.JSONDecodeError) as exc:
+            raise PlanRefused(
+                "plan",
+                expected="the JSON that `d2-headadapt plan --json` writes",
+                found=f"{type(exc).__name__}: {exc}",
+                fix="Make the plan again.",
+            ) from exc
+        raise PlanRefused(
+            "plan", expected=f"version {PLAN_VERSION}", found=f"version {version!r}", fix="Upgrade d2_headadapt."
+        )
+
+    def apply(self, source: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the state dict that the plan describes; neither input is changed.
+
+        Args:
+            source: the file's tensors under the names that the plan uses.
+            model: ``model.state_dict()``; gives new rows, and everything that is initialised or kept.
+
+        Returns:
+            A new dict with every name of ``model``. Whole tensors are shared with an input, not copied.
+
+        Raises:
+            PlanRefused: the plan refuses a tensor, or a value that it takes is NaN or infinite.
+        """
+        self.raise_if_refused()
+        layouts = {layout.tensor: layout for layout in self.layouts}
+        out = dict(model)
+        for t in self.by_action("copied", "carried"):
+            check_finite(t, source[t.name], layouts.get(t.name), self)
+            if t.action == "copied":
+                out[t.name] = source[t.name]
+                continue
+            layout = layouts[t.name]
+            out[t.name] = move_rows(source[t.name], model[t.name], layout, self.tensor_map(t, layout))
+        return out
+
+    def tensor_map(self, t: TensorPlan, layout: HeadLayout) -> ClassMap:
+        """The class map of one carried tensor."""
+        space = layout.space
+        rows = dict(t.carried)
+        return ClassMap(
+            self.source[space], self.target[space], tuple(rows.get(i) for i in range(len(self.target[space])))
+        )
+
+    def raise_if_refused(self) -> None:
+        """Raise for the first refused tensor."""
+        for t in self.refused:
+            raise PlanRefused(t.name, expected="one meaning", found=t.reason, fix="Nothing was loaded.")
+
+
+def _has_place(t: TensorPlan) -> bool:
+    return t.source_shape is not None and t.action in ("copied", "carried", "initialised", "refused")
+
+
+def check_finite(t: TensorPlan, value: torch.Tensor, layout: HeadLayout | None, plan: AdaptPlan) -> None:
+    """Raise where a value that the plan takes is NaN or infinite, naming the classes it belongs to."""
+    # A sum meets every NaN and infinity in one pass and no extra memory; it may also overflow by itself, hence the
+    # second look.
+    if not value.is_floating_point() or value.device.type == "meta" or bool(torch.isfinite(value.sum())):
+        return
+    broken = ~torch.isfinite(value)
+    names: list[str] = []
+    if layout is not None and layout.axes and layout.space in plan.source:
+        table = plan.source[layout.space]
+        axis = layout.class_axes[0]
+        per_row = broken.movedim(axis, 0).flatten(1).any(1) if value.dim() > 1 else broken
+        taken = {s for _, s in t.carried}
+        broken_classes = [s for s in range(len(table)) if bool(per_row[layout.rows([s], len(table), axis)].any())]
+        fixed = bool(per_row[layout.fixed_rows(len(table), axis)].any()) if t.background else False
+        names = [table.names[s] for s in broken_classes if s in taken or t.action == "copied"]
+        if not names and not fixed:
+            return
+        names += ["background"] if fixed else []
+    elif not bool(broken.any()):
+        return
+    rows = f" in the rows of {', '.join(names)}" if names else ""
+    raise PlanRefused(
+        t.name,
+        expected="finite numbers",
+        found=f"{int(broken.sum())} NaN or infinite values of {value.numel()}{rows}",
+        fix="The checkpoint is damaged or its training diverged: use an earlier one. Nothing was loaded.",
+    )
+
+
+def carried_or_copied(space_map: ClassMap) -> str:
+    """The action of a matched, class-sized tensor."""
+    return "copied" if space_map.is_identity else "carried"
+
+
+def move_rows(source: torch.Tensor, base: torch.Tensor, layout: HeadLayout, classes: ClassMap) -> torch.Tensor:
+    """Return ``base`` with every carried class, and all rows that belong to no class, taken from ``source``.
+
+    Args:
+        source: tensor of ``layout`` for the K_source classes of ``classes.source``.
+        base: tensor of ``layout`` for the K_target classes of ``classes.target``; gives dtype, device and new rows.
+        layout: where the classes are, the same kind on both sides.
+        classes: target class -> source class.
+
+    Returns:
+        A new tensor of ``base``'s shape. Moved rows equal the source's, bit for bit where the dtypes agree.
+    """
+    if base.device.type == "meta":
+        return base
+    carried = classes.carried
+    targets, sources = [t for t, _ in carried], [s for _, s in carried]
+    out = base.clone()
+    moved = source.to(device=out.device, dtype=out.dtype)
+    places: list[tuple[int, torch.Tensor]] = []
+    for axis in layout.class_axes:
+        to_rows, from_rows = (
+            torch.cat([layout.fixed_rows(len(table), axis), layout.rows(indices, len(table), axis)]).to(out.device)
+            for table, indices in ((classes.target, targets), (classes.source, sources))
+        )
+        moved = moved.index_select(axis, from_rows)
+        places.append((axis, to_rows))
+    return _write(out, moved, places)
+
+
+def _write(out: torch.Tensor, moved: torch.Tensor, places: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """Write ``moved`` into ``out`` at the cross product of ``places``."""
+    (axis, rows), rest = places[0], places[1:]
+    if not rest:
+        return out.index_copy(axis, rows, moved)
+    inner = _write(out.index_select(axis, rows), moved, rest)
+    return out.index_copy(axis, rows, inner)
+
+
+def new_rows_mask(layout: HeadLayout, classes: ClassMap, shape: tuple[int, ...]) -> torch.Tensor:
+    """Which elements of a target tensor belong to a new class: bool, of ``shape``."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for axis in layout.class_axes:
+        mask.index_fill_(axis, layout.rows(classes.new, len(classes.target), axis), True)
+    return mask

@@ -1,0 +1,410 @@
+"""How a plan is made: from names, shapes, layouts and class tables, never from values.
+
+Head groups are decided in :mod:`d2_headadapt.adapt.planner`; everything else goes by name and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ClassTableError
+from .classes import KEY_SUFFIXES, ClassMap, ClassTable
+from .layouts import HeadLayout
+from .matching import match_classes, parse_aliases
+from .plan import AdaptPlan, Shape, TensorPlan, carried_or_copied
+from .vocabularies import reviewed_pairs, synonyms_of
+
+
+def source_key(space: str) -> str:
+    """The config key that names the source classes of a label space."""
+    if space not in KEY_SUFFIXES:
+        return f"MODEL.TASKS.{space}.source_classes"
+    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{KEY_SUFFIXES[space]}"
+
+
+def target_key(space: str) -> str:
+    """The config key that names the target classes of a label space."""
+    return source_key(space).replace("SOURCE_CLASSES", "TARGET_CLASSES").replace(".source_classes", ".classes")
+
+
+@dataclass
+class _Misfit:
+    """Why a group cannot be taken, and at which tensor that shows."""
+
+    tensor: str
+    reason: str
+    refused: bool = False
+
+
+@dataclass
+class HeadGroup:
+    """The tensors that change together or not at all, and what is known about their classes on both sides."""
+
+    members: Sequence[HeadLayout]
+    source_shapes: Mapping[str, Shape]
+    target_shapes: Mapping[str, Shape]
+    sources: Mapping[str, ClassTable]
+    targets: Mapping[str, ClassTable]
+    maps: Mapping[str, ClassMap]
+    file_layouts: Mapping[str, HeadLayout]
+    initialise: Collection[str]
+    excluded: Mapping[str, str]
+
+    def plan(self) -> list[TensorPlan]:
+        """Decide for every member."""
+        carried = [m for m in self.members if not m.rebuilt]
+        plans = [
+            self._entry(m, "kept", verified=True, reason="rebuilt from the dataset, never taken from a file")
+            for m in self.members
+            if m.rebuilt
+        ]
+        absent = self._absent_parts(carried)
+        plans += [
+            self._entry(
+                m,
+                "kept" if m.agnostic else "initialised",
+                verified=True,
+                new=self._every(m),
+                reason=self.excluded[m.tensor],
+            )
+            for m in carried
+            if m.tensor in self.excluded
+        ]
+        present = [m for m in carried if m.part not in absent and m.tensor not in self.excluded]
+        for m in carried:
+            if m.part in absent and m.tensor not in self.excluded:
+                action = "kept" if m.agnostic else "initialised"
+                plans.append(self._entry(m, action, verified=True, new=self._every(m), reason="not in the file"))
+        if not present:
+            return plans
+        forced = [m for m in present if m.space in self.initialise]
+        misfit = self._forced(forced) if forced else self._misfit(present)
+        if misfit is None:
+            return plans + [self._take(m) for m in present]
+        if misfit.refused:
+            return plans + [
+                self._entry(m, "refused", verified=False, reason=misfit.reason)
+                if m.tensor == misfit.tensor
+                else self._entry(m, "kept", verified=False, reason=f"its head group is refused at {misfit.tensor}")
+                for m in present
+            ]
+        for m in present:
+            reason = misfit.reason
+            if m.tensor != misfit.tensor and not forced:
+                reason = f"its head group changes whole or not at all; {misfit.tensor}: {misfit.reason}"
+            plans.append(
+                self._entry(
+                    m,
+                    "initialised",
+                    verified=m.space in self.maps or bool(forced),
+                    new=self._every(m),
+                    dropped=self._every_source(m),
+                    reason=reason,
+                )
+            )
+        return plans
+
+    def _entry(
+        self,
+        m: HeadLayout,
+        action: str,
+        *,
+        verified: bool,
+        reason: str,
+        new: tuple[int, ...] = (),
+        dropped: tuple[int, ...] = (),
+    ) -> TensorPlan:
+        return TensorPlan(
+            m.tensor,
+            action,
+            m.space,
+            m.group,
+            self.source_shapes.get(m.tensor),
+            self.target_shapes[m.tensor],
+            new=new,
+            dropped=dropped,
+            verified=verified,
+            reason=reason,
+        )
+
+    def _every(self, m: HeadLayout) -> tuple[int, ...]:
+        count = None if m.agnostic else m.num_classes(self.target_shapes[m.tensor])
+        return tuple(range(count or 0))
+
+    def _every_source(self, m: HeadLayout) -> tuple[int, ...]:
+        table = self.sources.get(m.space)
+        return tuple(range(len(table))) if table is not None and not m.agnostic else ()
+
+    def _absent_parts(self, members: Iterable[HeadLayout]) -> set[str]:
+        parts: dict[str, list[bool]] = {}
+        for m in members:
+            parts.setdefault(m.part, []).append(m.tensor in self.source_shapes)
+        return {part for part, found in parts.items() if not any(found)}
+
+    def _forced(self, members: Sequence[HeadLayout]) -> _Misfit:
+        return _Misfit(members[0].tensor, f"{source_key(members[0].space)} is 'none'")
+
+    def _misfit(self, members: Sequence[HeadLayout]) -> _Misfit | None:
+        """The first thing that keeps the group from being taken; differences of kind come before counts."""
+        for m in members:
+            if m.tensor not in self.source_shapes:
+                return _Misfit(m.tensor, "missing from the file, which has other tensors of this head")
+        checks = (self._kind, self._known if members[0].space in self.maps else self._unknown)
+        for check in checks:
+            for m in sorted(members, key=lambda m: not m.agnostic):
+                misfit = check(m, self.source_shapes[m.tensor], self.target_shapes[m.tensor])
+                if misfit is not None:
+                    return misfit
+        return None
+
+    def _kind(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
+        stored = self.file_layouts.get(m.tensor)
+        if stored is not None and not stored.same_kind(m):
+            return _Misfit(m.tensor, f"{stored.describe()} in the file, {m.describe()} in the model")
+        others = [axis for axis in range(max(len(in_file), len(in_model))) if axis not in m.class_axes]
+        if len(in_file) != len(in_model) or any(in_file[a] != in_model[a] for a in others):
+            return _Misfit(m.tensor, self._shape_reason(m, in_file, in_model))
+        return None
+
+    def _shape_reason(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> str:
+        reason = f"{in_file} in the file, {in_model} in the model"
+        table = self.sources.get(m.space)
+        if m.by_choice and table is not None and in_file[0] == len(table) * m.rows_per_class != in_model[0]:
+            return f"{reason}: class-specific in the file, class-agnostic in the model"
+        if m.groups > 1:
+            return f"{reason}: another number of anchors"
+        return reason
+
+    def _known(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
+        source, target = self.sources[m.space], self.targets[m.space]
+        if m.agnostic:
+            if m.by_choice and len(source) == 1 and len(target) > 1 and m.tensor not in self.file_layouts:
+                return _Misfit(
+                    m.tensor,
+                    f"the file knows one class ({source.names[0]}), so its {in_file} can be that class's rows or "
+                    "class-agnostic; exclude it, or build the model class-specific (CLS_AGNOSTIC_* False)",
+                    refused=True,
+                )
+            return None
+        if not m.fits(in_model, len(target)):
+            return _Misfit(
+                m.tensor,
+                f"the model's {in_model} does not hold the {len(target)} classes of {target.origin} ({m.describe()}): "
+                "set NUM_CLASSES to the table's length",
+                refused=True,
+            )
+        if m.fits(in_file, len(source)):
+            return None
+        per_class = m.size(m.class_axes[0], 1) - m.size(m.class_axes[0], 0)
+        if not m.extra and in_file[m.class_axes[0]] == per_class:
+            return _Misfit(m.tensor, f"class-agnostic in the file {in_file}, {m.describe()} in the model {in_model}")
+        count = m.num_classes(in_file)
+        holds = f"{count} classes" if count else "no whole number of classes"
+        return _Misfit(
+            m.tensor,
+            f"{in_file} in the file holds {holds} ({m.describe()}), but {source.origin} names {len(source)}: "
+            f"correct {source_key(m.space)}",
+            refused=True,
+        )
+
+    def _unknown(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
+        if in_file == in_model:
+            return None
+        side = "the file" if m.space not in self.sources else "the model"
+        key = target_key(m.space) if m.space in self.sources else source_key(m.space)
+        return _Misfit(
+            m.tensor, f"{in_file} in the file, {in_model} in the model; the classes of {side} are unknown: set {key}"
+        )
+
+    def _take(self, m: HeadLayout) -> TensorPlan:
+        in_file, in_model = self.source_shapes[m.tensor], self.target_shapes[m.tensor]
+        found = self.maps.get(m.space)
+        if m.given == "file":
+            return self._entry(m, "kept", verified=True, reason="the text file's embeddings stay (TEXT.PRECEDENCE)")
+        if found is None:
+            key = target_key(m.space) if m.space in self.sources else source_key(m.space)
+            reason = f"unverified: shapes agree, but the classes are unknown; {key} verifies it"
+            return TensorPlan(
+                m.tensor,
+                "copied",
+                m.space,
+                m.group,
+                in_file,
+                in_model,
+                verified=False,
+                reason=reason,
+                background=bool(m.extra),
+            )
+        if m.agnostic:
+            return self._entry(m, "copied", verified=True, reason="serves all classes alike")
+        background = bool(m.extra)
+        action = carried_or_copied(found)
+        reason = "same classes, same order" if action == "copied" else ""
+        if m.given and found.new:
+            reason = f"{len(found.new)} classes keep the embeddings of the text file"
+        if not found.carried and not len(m.fixed_rows(len(found.source))):
+            if m.given:
+                return self._entry(
+                    m, "kept", verified=True, reason="no class is in the file; all keep their embeddings"
+                )
+            action, reason = "initialised", "no class of the model is in the file"
+        return TensorPlan(
+            m.tensor,
+            action,
+            m.space,
+            m.group,
+            in_file,
+            in_model,
+            found.carried,
+            () if m.given else found.new,
+            found.dropped,
+            background,
+            True,
+            reason,
+        )
+
+
+def plan_adaptation(
+    source_shapes: Mapping[str, Shape],
+    target_shapes: Mapping[str, Shape],
+    layouts: Sequence[HeadLayout],
+    *,
+    source_tables: Mapping[str, ClassTable] | None = None,
+    target_tables: Mapping[str, ClassTable] | None = None,
+    source_layouts: Sequence[HeadLayout] = (),
+    aliases: Sequence[str] = (),
+    match: str = "name",
+    initialise: Collection[str] = (),
+    dropped: Mapping[str, str] | None = None,
+    excluded: Mapping[str, str] | None = None,
+) -> AdaptPlan:
+    """Decide what happens to every tensor of a file and of a model.
+
+    Args:
+        source_shapes: the file's tensors, under the model's names where the two correspond.
+        target_shapes: the model's tensors.
+        layouts: of the model, from :func:`d2_headadapt.adapt.layouts.layouts_of`.
+        source_tables, target_tables: class tables by label space, where known.
+        source_layouts: of the file, from its provenance; what they do not name is taken to be of the model's kind
+            and checked against the table's size.
+        aliases, match: see :func:`d2_headadapt.adapt.matching.match_classes`.
+        initialise: label spaces whose head groups keep the model's initial values whatever the file holds.
+        dropped: names of the file that find no place, with the reason.
+        excluded: tensors that the user leaves out, with the reason; the rest of their head group is still taken.
+
+    Returns:
+        AdaptPlan: nothing is loaded yet.
+
+    Raises:
+        ClassTableError: an alias that fits no table, or an ambiguous name.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, HeadLayout, plan_adaptation
+        >>> plan = plan_adaptation(
+        ...     {"stem.weight": (8, 3), "cls_score.weight": (4, 8)},
+        ...     {"stem.weight": (8, 3), "cls_score.weight": (3, 8)},
+        ...     [HeadLayout("cls_score.weight", "thing", "head", extra=1)],
+        ...     source_tables={"thing": ClassTable(["ant", "bee", "cat"])},
+        ...     target_tables={"thing": ClassTable(["cat", "gnu"])},
+        ... )
+        >>> for tensor in plan.tensors:
+        ...     print(tensor.name, tensor.action, tensor.carried, tensor.new)
+        stem.weight copied () ()
+        cls_score.weight carried ((0, 2),) (1,)
+    """
+    targets = dict(target_tables or {})
+    sources = {s: t for s, t in (source_tables or {}).items() if s not in initialise}
+    out = dict(excluded or {})
+    used_spaces = {layout.space for layout in layouts}
+    if match == "position":
+        _name_by_position(layouts, source_shapes, targets, sources, initialise)
+    maps = match_tables(
+        {s: t for s, t in sources.items() if s in used_spaces},
+        {s: t for s, t in targets.items() if s in used_spaces},
+        aliases,
+        match,
+    )
+    planned: dict[str, TensorPlan] = {}
+    groups: dict[str, list[HeadLayout]] = {}
+    for layout in layouts:
+        groups.setdefault(layout.group, []).append(layout)
+    file_layouts = {layout.tensor: layout for layout in source_layouts}
+    for members in groups.values():
+        group = HeadGroup(members, source_shapes, target_shapes, sources, targets, maps, file_layouts, initialise, out)
+        planned.update({t.name: t for t in group.plan()})
+    tensors = [
+        planned[name] if name in planned else _without_layout(name, source_shapes.get(name), shape, maps, out)
+        for name, shape in target_shapes.items()
+    ]
+    tensors += [
+        TensorPlan(name, "dropped", source_shape=shape, reason=out.get(name, "the model has no tensor of this name"))
+        for name, shape in source_shapes.items()
+        if name not in target_shapes
+    ]
+    tensors += [TensorPlan(name, "dropped", reason=reason) for name, reason in (dropped or {}).items()]
+    return AdaptPlan(tuple(tensors), sources, targets, tuple(layouts))
+
+
+def match_tables(
+    sources: Mapping[str, ClassTable], targets: Mapping[str, ClassTable], aliases: Sequence[str], match: str
+) -> dict[str, ClassMap]:
+    """The class map of every label space that has both tables; each alias goes to the spaces that know it."""
+    spaces = [space for space in targets if space in sources]
+    by_space: dict[str, list[str]] = {space: [] for space in spaces}
+    for alias in aliases:
+        errors: list[ClassTableError] = []
+        for space in spaces:
+            try:
+                parse_aliases([alias], targets[space], sources[space])
+                by_space[space].append(alias)
+            except ClassTableError as exc:
+                errors.append(exc)
+        if errors and len(errors) == len(spaces):
+            raise errors[0]
+    return {
+        space: match_classes(
+            targets[space],
+            sources[space],
+            aliases=by_space[space],
+            match=match,
+            source_synonyms=synonyms_of(sources[space]),
+            target_synonyms=synonyms_of(targets[space]),
+            reviewed=reviewed_pairs(),
+        )
+        for space in spaces
+    }
+
+
+def _name_by_position(
+    layouts: Iterable[HeadLayout],
+    source_shapes: Mapping[str, Shape],
+    targets: Mapping[str, ClassTable],
+    sources: dict[str, ClassTable],
+    initialise: Collection[str],
+) -> None:
+    """Position needs no names: an unnamed file gets a table of the count that its classifier shows."""
+    for layout in layouts:
+        shape = source_shapes.get(layout.tensor)
+        count = layout.num_classes(shape) if shape is not None and layout.axes and not layout.rebuilt else None
+        if count and layout.space in targets and layout.space not in sources and layout.space not in initialise:
+            names = [f"class {i} of the file" for i in range(count)]
+            sources[layout.space] = ClassTable(names, "the file, by position")
+
+
+def _without_layout(
+    name: str, in_file: Shape | None, in_model: Shape, maps: Mapping[str, ClassMap], out: Mapping[str, str]
+) -> TensorPlan:
+    if in_file is None:
+        return TensorPlan(name, "kept", target_shape=in_model, reason="not in the file")
+    if name in out:
+        return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, reason=out[name])
+    if in_file != in_model:
+        reason = f"{in_file} in the file, {in_model} in the model, and no layout says that its rows are classes"
+        return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, reason=reason)
+    counts = {len(m.target) + extra for m in maps.values() if not m.is_identity for extra in (0, 1)}
+    # A backbone's channels and a proposal network's anchors meet a class count by accident: 3 anchors, 3 classes.
+    if in_model and in_model[0] in counts and not name.startswith(("backbone", "proposal_generator")):
+        reason = f"unverified: {in_model[0]} rows may be classes, and no layout says so; see register_head_layout"
+        return TensorPlan(name, "copied", None, None, in_file, in_model, verified=False, reason=reason)
+    return TensorPlan(name, "copied", source_shape=in_file, target_shape=in_model)

@@ -1,0 +1,191 @@
+"""Which module has which layout: detectron2's modules by class, third parties' by class or by tensor name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from ..errors import LayoutError
+from .layouts import HeadLayout
+
+
+@dataclass(frozen=True)
+class ModuleContext:
+    """What a layout function may ask about the module it describes.
+
+    Args:
+        name: the module's name in the model.
+        owners: the modules around it, innermost last, each with its name.
+    """
+
+    name: str
+    owners: tuple[tuple[str, nn.Module], ...]
+
+    def owner(self, *class_names: str) -> tuple[str, nn.Module] | None:
+        """The innermost enclosing module of one of these classes (or a subclass), by class name."""
+        for name, module in reversed(self.owners):
+            if _mro_names(module).intersection(class_names):
+                return name, module
+        return None
+
+
+LayoutFunction = Callable[[nn.Module, ModuleContext], Iterable[HeadLayout]]
+
+_BY_CLASS: dict[str, LayoutFunction] = {}
+_BY_PATTERN: dict[str, HeadLayout] = {}
+
+
+def register_head_layout(
+    target: str | type[nn.Module],
+    layout: LayoutFunction | None = None,
+    *,
+    space: str = "thing",
+    group: str = "",
+    axes: Sequence[tuple[int, ...]] = ((0, 0),),
+    rows_per_class: int = 1,
+    groups: int = 1,
+    extra: int = 0,
+) -> None:
+    """Tell the planner where the classes of a head of your own are.
+
+    Args:
+        target: a module class with ``layout``, a function from (module, context) to its layouts; or a glob pattern
+            on tensor names, for which the remaining arguments describe each tensor that matches.
+        layout: for a module class only.
+        space, group, axes, rows_per_class, groups, extra: as in :class:`HeadLayout`; ``group`` defaults to the
+            pattern.
+
+    Raises:
+        LayoutError: a module class without a function or a pattern with one.
+
+    Example:
+        A DETR-style head, two decoder layers, K rows each and no background row::
+
+            >>> from torch import nn
+            >>> from d2_headadapt import layouts_of, register_head_layout
+            >>> register_head_layout("class_embed.*.weight", group="class_embed")
+            >>> register_head_layout("class_embed.*.bias", group="class_embed")
+            >>> model = nn.ModuleDict({"class_embed": nn.ModuleList([nn.Linear(8, 5), nn.Linear(8, 5)])})
+            >>> [layout.tensor for layout in layouts_of(model)][:2]
+            ['class_embed.0.weight', 'class_embed.0.bias']
+    """
+    if isinstance(target, str) == (layout is not None):
+        raise LayoutError(
+            f"register_head_layout({target!r})",
+            expected="a module class with a function, or a pattern without one",
+            found="a pattern with a function" if layout else "a module class without a function",
+            fix="See the docstring of register_head_layout.",
+        )
+    if isinstance(target, str):
+        _BY_PATTERN[target] = HeadLayout(target, space, group or target, "", tuple(axes), rows_per_class, groups, extra)
+    elif layout is not None:
+        _BY_CLASS[target.__name__] = layout
+
+
+def unregister_head_layout(target: str | type[nn.Module]) -> None:
+    """Forget a layout entered by :func:`register_head_layout`."""
+    if isinstance(target, str):
+        _BY_PATTERN.pop(target, None)
+    else:
+        _BY_CLASS.pop(target.__name__, None)
+
+
+def register_by_class_name(*names: str) -> Callable[[LayoutFunction], LayoutFunction]:
+    """Enter a layout function for module classes that need not be importable here (detectron2's projects)."""
+
+    def enter(function: LayoutFunction) -> LayoutFunction:
+        for name in names:
+            _BY_CLASS[name] = function
+        return function
+
+    return enter
+
+
+def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
+    """The layouts of every class-dependent tensor of ``model``, in ``state_dict`` order.
+
+    A module is described by its own ``head_layouts(context)`` method, else by the function registered for the nearest
+    class in its inheritance; a tensor that a pattern names is described by the pattern. Works on the meta device: only
+    shapes are read.
+
+    Raises:
+        LayoutError: a pattern that matches no tensor, or a layout that does not describe its tensor.
+
+    Example:
+        >>> from detectron2.layers import ShapeSpec
+        >>> from detectron2.modeling.box_regression import Box2BoxTransform
+        >>> from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+        >>> from torch import nn
+        >>> from d2_headadapt import layouts_of
+        >>> transform = Box2BoxTransform((10.0, 10.0, 5.0, 5.0))
+        >>> head = FastRCNNOutputLayers(ShapeSpec(channels=4), box2box_transform=transform, num_classes=3)
+        >>> for layout in layouts_of(nn.ModuleDict({"box_predictor": head})):
+        ...     print(layout.tensor, "-", layout.describe())
+        box_predictor.cls_score.weight - 1 row per class, background last
+        box_predictor.cls_score.bias - 1 row per class, background last
+        box_predictor.bbox_pred.weight - 4 rows per class
+        box_predictor.bbox_pred.bias - 4 rows per class
+    """
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if torch.is_tensor(value)}
+    found: dict[str, HeadLayout] = {}
+    for context, module in _walk(model):
+        function = _function_for(module)
+        if function is not None:
+            for layout in function(module, context):
+                if layout.tensor in shapes:
+                    found[layout.tensor] = layout
+    for pattern, layout in _BY_PATTERN.items():
+        matched = [name for name in shapes if fnmatchcase(name, pattern)]
+        if not matched:
+            raise LayoutError(
+                f"register_head_layout({pattern!r})",
+                expected="a pattern that matches a tensor of the model",
+                found=f"none of its {len(shapes)} tensors",
+                fix=f"Tensor names look like {', '.join(list(shapes)[-3:])}.",
+            )
+        for name in matched:
+            found[name] = replace(layout, tensor=name)
+    for name, layout in found.items():
+        if layout.axes and layout.num_classes(shapes[name]) is None:
+            raise LayoutError(
+                f"layout of {name}",
+                expected=f"a shape that holds whole classes ({layout.describe()})",
+                found=str(shapes[name]),
+                fix="Correct the arguments of register_head_layout.",
+            )
+    return tuple(found[name] for name in shapes if name in found)
+
+
+def has_layout(cls: object) -> bool:
+    """Whether modules of a class describe themselves, or a function is registered for it or a base class of it."""
+    return callable(getattr(cls, "head_layouts", None)) or any(
+        base.__name__ in _BY_CLASS for base in getattr(cls, "__mro__", ())
+    )
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[ModuleContext, nn.Module]]:
+    def visit(module: nn.Module, context: ModuleContext) -> Iterator[tuple[ModuleContext, nn.Module]]:
+        yield context, module
+        owners = (*context.owners, (context.name, module))
+        for child_name, child in module.named_children():
+            name = f"{context.name}.{child_name}" if context.name else child_name
+            yield from visit(child, ModuleContext(name, owners))
+
+    yield from visit(model, ModuleContext("", ()))
+
+
+def _mro_names(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__}
+
+
+def _function_for(module: nn.Module) -> LayoutFunction | None:
+    if callable(getattr(module, "head_layouts", None)):
+        return lambda described, context: described.head_layouts(context)  # type: ignore[operator]
+    for cls in type(module).__mro__:
+        if cls.__name__ in _BY_CLASS:
+            return _BY_CLASS[cls.__name__]
+    return None

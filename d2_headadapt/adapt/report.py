@@ -1,0 +1,288 @@
+"""Plans and results in words: one line, a table, GitHub-style tables, JSON. Pure functions from a plan to text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tabulate import tabulate
+
+from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
+from .plan import ACTIONS, AdaptPlan, TensorPlan
+from .planner import source_key, target_key
+
+_HEADERS = ("head group", "tensor", "action", "in the file", "in the model", "classes")
+_GROUP_REASON = re.compile(r"^its head group changes whole or not at all; ")
+_ALIAS_MOST = 12
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something of a plan that a user should look at before anything runs.
+
+    Args:
+        level: ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh).
+        what: what happens, in one sentence without a full stop.
+        why: the plan's reason.
+        type_this: what to type about it; empty where there is nothing to type.
+        hint: what to put into it.
+        tensors: the tensors that it is about.
+    """
+
+    level: str
+    what: str
+    why: str
+    type_this: str
+    hint: str
+    tensors: tuple[str, ...]
+
+
+def summary_line(plan: AdaptPlan) -> str:
+    """What was carried and what is new, by label space, and what happened to the tensors, in one line."""
+    parts: list[str] = []
+    summary = plan.summary()
+    for space, count in summary["classes"].items():
+        source, target = plan.source.get(space), plan.target.get(space)
+        if target is None:
+            continue
+        words = [f"{count['carried']} of {len(target)} {space} classes carried"]
+        if source is not None:
+            words[0] += f" from {source.origin} ({len(source)})"
+        if count["new"]:
+            words.append(f"{count['new']} new ({shorten(_new_names(plan, space))})")
+        if count["dropped"]:
+            words.append(f"{count['dropped']} dropped")
+        parts.append(", ".join(words))
+    parts += [f"task {space} is not in the model" for space in removed_tasks(plan)]
+    unverified = sum(not t.verified and t.action == "copied" for t in plan.tensors)
+    tensors = summary["actions"]
+    parts.append("tensors: " + ", ".join(f"{tensors[action]} {action}" for action in ACTIONS if tensors[action]))
+    if unverified:
+        parts.append(f"{unverified} of them unverified")
+    return "; ".join(parts)
+
+
+def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = True) -> str:
+    """The plan as one table: head tensors one by one under their group, the rest as counts, then classes by name.
+
+    Args:
+        plan: any plan.
+        every_tensor: also list the tensors that have no classes.
+        summary: end with :func:`summary_line`.
+    """
+    notices = plan_notices(plan)
+    rows = _rows(plan, notices, every_tensor)
+    text = [tabulate(rows, headers=_HEADERS, disable_numparse=True)] if rows else []
+    if not every_tensor:
+        text += [f"{counted} {action}{reason}: {names}" for action, reason, counted, names in _rest(plan)]
+    text += [f"{title}: {names}" for space in plan_spaces(plan) for title, names in _class_lines(plan, space)]
+    for number, notice in enumerate(notices, 1):
+        text.append(f"note {number}, {notice.level}: {notice.what}: {notice.why}.")
+        if notice.type_this:
+            text.append(f"    type: {notice.type_this}" + (f"    ({notice.hint})" if notice.hint else ""))
+    if summary:
+        text.append(summary_line(plan))
+    return "\n".join(text)
+
+
+def plan_markdown(plan: AdaptPlan) -> str:
+    """The same as GitHub-style tables, for TensorBoard's text tab and for pull requests."""
+    notices = plan_notices(plan)
+    parts = [f"**{_markdown(summary_line(plan))}**"]
+    for number, notice in enumerate(notices, 1):
+        line = f"> **note {number}, {notice.level}:** {_markdown(notice.what)}: {_markdown(notice.why)}."
+        parts.append(line + (f" Type {_code(notice.type_this)}" if notice.type_this else ""))
+    classes = [line for space in plan_spaces(plan) for line in _class_lines(plan, space)]
+    if classes:
+        parts.append(_pipes(("classes", "names"), classes))
+    rows = _rows(plan, notices, every_tensor=False)
+    if rows:
+        parts.append(_pipes(_HEADERS, rows))
+    rest = [(counted, action + reason, names) for action, reason, counted, names in _rest(plan)]
+    if rest:
+        parts.append(_pipes(("other tensors", "action", "names"), rest))
+    return "\n\n".join(parts) + "\n"
+
+
+def plan_json(plan: AdaptPlan) -> str:
+    """The stable JSON of a plan."""
+    return json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
+
+
+def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
+    """What a user should look at, worst first, each with what to type."""
+    notices = []
+    for t in plan.refused:
+        stopped = tuple(
+            other.name for other in plan.tensors if other.reason == f"its head group is refused at {t.name}"
+        )
+        what = f"{t.name} is refused, so nothing is loaded"
+        notices.append(Notice("refused", what, t.reason, *_command(t, plan), (t.name, *stopped)))
+    if plan.loads_nothing and not notices:
+        why = "the model finds none of its tensors in it"
+        notices.append(Notice("refused", "the file gives this model nothing", why, "", "", ()))
+    by_shape = [t for t in plan.by_action("copied") if not t.verified]
+    for (group, _), tensors in _grouped(by_shape).items():
+        what = f"{_count(len(tensors), 'tensor')} {f'of {group} ' if group else ''}copied by shape alone"
+        why = tensors[0].reason.removeprefix("unverified: ")
+        notices.append(Notice("unverified", what, why, *_command(tensors[0], plan), tuple(t.name for t in tensors)))
+    for (group, reason), tensors in _grouped(plan.by_action("initialised")).items():
+        what = f"{_count(len(tensors), 'tensor')} of {group} keep{'s' * (len(tensors) == 1)} the model's initial values"
+        notices.append(Notice("initialised", what, reason, *_command(tensors[0], plan), tuple(t.name for t in tensors)))
+    return tuple(notices)
+
+
+def plan_spaces(plan: AdaptPlan) -> list[str]:
+    """The label spaces that the plan's tensors or tables name, and the tasks that only the file has, sorted."""
+    used = {t.space for t in plan.tensors if t.space is not None}
+    return sorted(used | {space for space in plan.target if space in plan.source} | set(removed_tasks(plan)))
+
+
+def removed_tasks(plan: AdaptPlan) -> list[str]:
+    """Tasks of the file that the model does not have."""
+    return sorted(plan.source.keys() - {layout.space for layout in plan.layouts} - set(SPACES))
+
+
+def added_tasks(plan: AdaptPlan) -> list[str]:
+    """Tasks of the model that the file does not have."""
+    found = {layout.space for layout in plan.layouts} & plan.target.keys()
+    return sorted(found - plan.source.keys() - set(SPACES) - {t.space for t in plan.tensors if t.source_shape})
+
+
+def shape_text(shape: Sequence[int] | None) -> str:
+    """``(81, 1024)``; a dash where there is no tensor."""
+    return "-" if shape is None else "(" + ", ".join(map(str, shape)) + ")"
+
+
+def is_head(t: TensorPlan) -> bool:
+    """The tensor belongs to a label space."""
+    return t.space is not None
+
+
+def _grouped(tensors: Iterable[TensorPlan]) -> dict[tuple[str, str], list[TensorPlan]]:
+    """Tensors by head group and by the reason at the root of what happens to the group."""
+    found: dict[tuple[str, str], list[TensorPlan]] = {}
+    for t in tensors:
+        reason = _GROUP_REASON.sub("", t.reason)
+        if reason != t.reason:
+            reason = reason.partition(": ")[2]
+        # Tensors without a layout each have a reason of their own; one notice is enough for them.
+        found.setdefault((t.group or "", reason if t.group else ""), []).append(t)
+    return found
+
+
+def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
+    """What to type about a tensor, and what to put into it."""
+    if t.space is None:
+        return "register_head_layout(...)", "in your own code, if its rows are classes"
+    sides = (
+        ("the file", source_key(t.space), plan.source, t.source_shape),
+        ("the model", target_key(t.space), plan.target, t.target_shape),
+    )
+    for side, key, table, other in sides:
+        if re.search(rf"\b{re.escape(key)}(?!_)", t.reason) and "is 'none'" not in t.reason:
+            layout = next((x for x in plan.layouts if x.tensor == t.name and x.axes), None)
+            count = layout.num_classes(other) if layout is not None and other is not None else None
+            holds = f"; the shapes of {side} hold {count}" if count else ""
+            verb = "corrected " if t.space in table else ""
+            return f"{key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
+    if t.action == "refused" and "exclude it" in t.reason:
+        return f"MODEL.HEAD_ADAPT.EXCLUDE \"['{t.name}']\"", "or build the model class-specific"
+    return "", ""
+
+
+def _rows(plan: AdaptPlan, notices: Sequence[Notice], every_tensor: bool) -> list[list[str]]:
+    notes = {name: number for number, notice in enumerate(notices, 1) for name in notice.tensors}
+    by_group: dict[str, list[TensorPlan]] = {}
+    for t in plan.tensors:
+        if every_tensor or is_head(t) or t.action == "refused":
+            by_group.setdefault(t.group or "", []).append(t)
+    rows: list[list[str]] = []
+    for group in sorted(by_group, key=lambda group: not group):
+        for i, t in enumerate(by_group[group]):
+            words = [*counts_in_words(t), f"see note {notes[t.name]}" if t.name in notes else t.reason]
+            cells = [t.name, t.action, shape_text(t.source_shape), shape_text(t.target_shape)]
+            rows.append([group * (i == 0), *cells, ", ".join(filter(None, words))])
+    return rows
+
+
+def counts_in_words(t: TensorPlan) -> list[str]:
+    """``10 carried``, ``4 new``, ``70 dropped``, ``background carried``, as far as they say something."""
+    counts = ((t.carried if t.action == "carried" else (), "carried"), (t.new, "new"), (t.dropped, "dropped"))
+    words = [f"{len(classes)} {what}" for classes, what in counts if classes]
+    return words + ["background carried"] * (t.background and t.action != "copied")
+
+
+def _rest(plan: AdaptPlan) -> list[tuple[str, str, str, str]]:
+    """Tensors without classes by action and reason: action, reason in brackets, count, first names."""
+    rest: dict[tuple[str, str], list[str]] = {}
+    for t in plan.tensors:
+        if not is_head(t) and t.action != "refused":
+            reason = f" ({t.reason})" if t.reason and t.action != "copied" else ""
+            rest.setdefault((t.action, reason), []).append(t.name)
+    return [
+        (action, reason, _count(len(names), "other tensor"), shorten(names, 3))
+        for (action, reason), names in rest.items()
+    ]
+
+
+def _class_lines(plan: AdaptPlan, space: str) -> list[tuple[str, str]]:
+    found = plan.class_map(space)
+    if found is None and space in removed_tasks(plan):
+        return [(f"{space} classes of the file that are dropped", shorten(plan.source[space].names, _ALIAS_MOST))]
+    if found is None and space in added_tasks(plan):
+        return [(f"{space} classes that are new", shorten(plan.target[space].names, _ALIAS_MOST))]
+    if found is None:
+        return []
+    same, renamed = split_renamed(found)
+    other_names = [f"{found.target.names[t]}={found.source.names[s]}" for t, s in renamed]
+    lines = [
+        ("carried", _names(found.target, (t for t, _ in same))),
+        ("carried under another name", other_names),
+        ("that are new", _names(found.target, found.new)),
+        ("of the file that are dropped", _names(found.source, found.dropped)),
+        ("of the file that feed several", _names(found.source, found.shared)),
+    ]
+    return [(f"{space} classes {title}", shorten(names, _ALIAS_MOST)) for title, names in lines if names]
+
+
+def split_renamed(found: ClassMap) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The carried pairs of a map: those of one name, up to case and separators, and those of two."""
+    same: list[tuple[int, int]] = []
+    renamed: list[tuple[int, int]] = []
+    for t, s in found.carried:
+        (same if normalise(found.target.names[t]) == normalise(found.source.names[s]) else renamed).append((t, s))
+    return same, renamed
+
+
+def _new_names(plan: AdaptPlan, space: str) -> list[str]:
+    """The classes that no head of the space finds in the file; a head that is not in the file at all has its notice."""
+    found = plan.class_map(space)
+    if found is None:
+        return list(plan.new_classes().get(space, ()))
+    return _names(found.target, found.new)
+
+
+def _names(table: ClassTable, indices: Iterable[int]) -> list[str]:
+    return [" ".join(table.names[i].split()) for i in indices]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _pipes(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [" | ".join(headers), " | ".join("---" for _ in headers)]
+    lines += [" | ".join(_markdown(cell) for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _markdown(text: str) -> str:
+    """``text`` as Markdown shows it; class names may hold anything."""
+    return re.sub(r"([\\`*_|\[\]~])", r"\\\1", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"

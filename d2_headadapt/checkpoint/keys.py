@@ -1,0 +1,209 @@
+"""Names of tensors: the model's name of each tensor of a file, and patterns that rename, take, leave out and freeze.
+
+Stock detectron2 settles names and drops tensors of another shape in one step, which leaves a head of another class
+count under the file's own name, where a plan would miss it. Here names are settled first, by names alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import torch
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
+from ..adapt.classes import did_you_mean
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SettledNames:
+    """A file's tensors under the model's names.
+
+    Args:
+        tensors: name in the model (or in the file, where the model has none) -> tensor.
+        dropped: names of the file that fit several places -> the reason.
+        file_names: name in ``tensors`` -> name in the file, where the two differ.
+        excluded: names in ``tensors`` that the user leaves out -> the reason.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    dropped: dict[str, str] = field(default_factory=dict)
+    file_names: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+
+
+def settle_names(
+    tensors: Mapping[str, torch.Tensor],
+    model_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    caffe2: bool = False,
+    heuristics: bool = False,
+) -> SettledNames:
+    """Find the model's name of every tensor of a file.
+
+    Args:
+        tensors: the file's tensors.
+        model_shapes: name -> shape of the model's tensors.
+        caffe2: convert Caffe2 names and background order first (``c2_model_loading.convert_c2_detectron_names``).
+        heuristics: match each name of the model with the file's name that is its longest dotted suffix, as stock's
+            ``align_and_update_state_dicts`` does.
+    """
+    named = strip_prefix(tensors, "module.")
+    if caffe2:
+        # It logs a line per head tensor that it reorders, which the plan says better.
+        level = logging.getLogger("detectron2.checkpoint.c2_model_loading").level
+        logging.getLogger("detectron2.checkpoint.c2_model_loading").setLevel(logging.WARNING)
+        try:
+            named = convert_c2_detectron_names(named)[0]
+        finally:
+            logging.getLogger("detectron2.checkpoint.c2_model_loading").setLevel(level)
+    if not (heuristics or caffe2):
+        return SettledNames(named)
+    takers: dict[str, list[str]] = {}
+    for name in model_shapes:
+        suffix = longest_suffix(name, named)
+        if suffix is not None:
+            takers.setdefault(suffix, []).append(name)
+    out: dict[str, torch.Tensor] = {}
+    dropped: dict[str, str] = {}
+    file_names: dict[str, str] = {}
+    for file_name, tensor in named.items():
+        names = takers.get(file_name, [file_name])
+        if len(names) > 1:
+            # Stock looks at shapes before it counts places; where that leaves one place, it is the same one here.
+            fitting = [name for name in names if model_shapes[name] == tuple(tensor.shape)]
+            if len(fitting) != 1:
+                dropped[file_name] = f"fits {len(names)} places in the model: {', '.join(names[:3])}"
+                continue
+            names = fitting
+        out[names[0]] = tensor
+        if names[0] != file_name:
+            file_names[names[0]] = file_name
+    return SettledNames(out, dropped, file_names)
+
+
+def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Remove ``prefix`` where every name has it (a model saved inside DataParallel)."""
+    if tensors and all(name.startswith(prefix) for name in tensors):
+        return {name[len(prefix) :]: value for name, value in tensors.items()}
+    return dict(tensors)
+
+
+def longest_suffix(name: str, candidates: Mapping[str, object]) -> str | None:
+    """The longest of ``candidates`` that ``name`` equals or ends with after a dot."""
+    start = 0
+    while True:
+        if name[start:] in candidates:
+            return name[start:]
+        dot = name.find(".", start)
+        if dot < 0:
+            return None
+        start = dot + 1
+
+
+T = TypeVar("T")
+
+
+def rename(tensors: Mapping[str, T], rules: Sequence[str], key: str = "MODEL.HEAD_ADAPT.RENAME") -> dict[str, T]:
+    """Apply ``"regex=replacement"`` rules to the names, one after the other, as ``re.sub`` does.
+
+    Args:
+        tensors: by name.
+        rules: for example ``"^encoder\\.=backbone.bottom_up."``.
+        key: the config key, for messages.
+
+    Raises:
+        ConfigError: a rule that is none, that changes no name, or that gives two tensors one name.
+    """
+    named = dict(tensors)
+    for rule in rules:
+        where = f"{key}, {rule!r}"
+        pattern, equals, replacement = rule.partition("=")
+        if not equals or not pattern:
+            raise ConfigError(where, expected="'regex=replacement'", found=repr(rule), fix="Add the part after '='.")
+        try:
+            compiled = re.compile(pattern)
+            renamed = [(compiled.sub(replacement, name), name) for name in named]
+        except (re.error, IndexError) as exc:
+            raise ConfigError(where, expected="a regular expression", found=str(exc), fix="Correct it.") from exc
+        if all(new == old for new, old in renamed):
+            raise _no_match(where, pattern, named)
+        by_new: dict[str, str] = {}
+        for new, old in renamed:
+            if new in by_new:
+                raise ConfigError(
+                    where,
+                    expected="a name of its own for every tensor",
+                    found=f"{new} for {by_new[new]} and for {old}",
+                    fix="Make the pattern narrower.",
+                )
+            by_new[new] = old
+        named = {new: named[old] for new, old in by_new.items()}
+    return named
+
+
+def matched(names: Iterable[str], patterns: Sequence[str], key: str) -> set[str]:
+    """The ``names`` that any of the glob ``patterns`` matches.
+
+    Raises:
+        ConfigError: a pattern that matches none, with the nearest names.
+    """
+    names = list(names)
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        if not hits:
+            raise _no_match(f"{key}, {pattern!r}", pattern, names)
+        found |= hits
+    return found
+
+
+def left_out(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
+    """The names that ``INCLUDE`` does not match or ``EXCLUDE`` does, with the reason."""
+    names = list(names)
+    out: dict[str, str] = {}
+    if include:
+        taken = matched(names, include, "MODEL.HEAD_ADAPT.INCLUDE")
+        out.update({name: "MODEL.HEAD_ADAPT.INCLUDE does not name it" for name in names if name not in taken})
+    for name in matched(names, exclude, "MODEL.HEAD_ADAPT.EXCLUDE"):
+        out[name] = "MODEL.HEAD_ADAPT.EXCLUDE names it"
+    return out
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Freeze the parameters that the glob ``patterns`` match, in place.
+
+    A batch norm whose parameters are all frozen is replaced by detectron2's ``FrozenBatchNorm2d``: otherwise its
+    running statistics would still follow the new data.
+
+    Returns:
+        Names of the frozen parameters, in model order.
+
+    Raises:
+        ConfigError: a pattern that matches no parameter.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = matched(parameters, patterns, "MODEL.HEAD_ADAPT.FREEZE") if patterns else set()
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        own = {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
+        if path and own and own <= frozen and isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, FrozenBatchNorm2d.convert_frozen_batchnorm(module))
+    return [name for name in parameters if name in frozen]
+
+
+def _no_match(where: str, pattern: str, names: Iterable[str]) -> ConfigError:
+    names = list(names)
+    # The last part of a name is the same for hundreds of tensors; the part before it is what people misspell.
+    near = did_you_mean(pattern.strip("*^$"), names) or f" Names look like {', '.join(names[-2:])}."
+    return ConfigError(
+        where, expected=f"a pattern that matches one of {len(names)} names", found="none", fix=f"Correct it.{near}"
+    )

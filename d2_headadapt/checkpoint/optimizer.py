@@ -1,0 +1,256 @@
+"""Optimizer state and averaged copies under another class list: the same row map as the weights, new rows zero.
+
+A saved optimizer knows its parameters by number only, and the numbers move with FREEZE_AT, norm layers and tasks. So
+names come from the file's provenance, else from the live optimizer where sizes and shapes leave no doubt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapt.plan import AdaptPlan, TensorPlan, move_rows
+from ..adapt.report import summary_line
+from ..errors import ResumeError
+from .keys import strip_prefix
+from .provenance import Provenance, optimizer_names
+
+AVERAGES = ("ema_state", "model_ema")
+"""Top-level keys under which d2go and others keep an averaged copy of the model."""
+
+Names = Sequence[Sequence[str]]
+
+
+def find_state(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every dict of ``checkpoint`` that holds an ``optimizer`` state: flat, or inside detectron2's trainers."""
+    trainer = checkpoint.get("trainer")
+    holders = [checkpoint, trainer, trainer.get("_trainer") if isinstance(trainer, Mapping) else None]
+    return [h for h in holders if isinstance(h, dict) and isinstance(h.get("optimizer"), Mapping)
+            and "param_groups" in h["optimizer"]]  # fmt: skip
+
+
+def adapt_state(
+    state: Mapping[str, Any], stored: Names, live: torch.optim.Optimizer, live_names: Names, plan: AdaptPlan, path: str
+) -> dict[str, Any]:
+    """The saved optimizer state for the live optimizer's parameters.
+
+    Args:
+        state: ``optimizer.state_dict()`` of the file.
+        stored: parameter names of its groups, from provenance; empty where the file does not say.
+        live: the optimizer that will load the result.
+        live_names: names of its parameters, group by group.
+        plan: what happened to the weights.
+        path: the file, for messages.
+
+    Returns:
+        A new state dict in the live optimizer's numbering. Moments of carried rows have the saved bits, those of new
+        rows are zero, and a parameter that was initialised has none.
+
+    Raises:
+        ResumeError: the parameters of the saved state cannot be told for certain.
+    """
+    names = stored if stored else _names_by_identity(state, live_names, plan, path)
+    if [len(g) for g in names] != [len(g["params"]) for g in state["param_groups"]]:
+        raise _unsure(path, "parameter names for every entry of the optimizer", "a list of another length")
+    numbers = {
+        name: number
+        for group, entry in zip(names, state["param_groups"], strict=True)
+        for name, number in zip(group, entry["params"], strict=True)
+    }
+    plans = {t.name: t for t in plan.tensors}
+    groups: list[dict[str, Any]] = []
+    moments: dict[int, Any] = {}
+    count = 0
+    for position, group in enumerate(live_names):
+        origin = group_origin(group, names, position)
+        settings = state["param_groups"][origin] if origin is not None else live.state_dict()["param_groups"][position]
+        groups.append({**settings, "params": list(range(count, count + len(group)))})
+        for name in group:
+            entry = state["state"].get(numbers[name]) if name in numbers else None
+            if entry is not None:
+                moved = _adapt_entry(entry, plans.get(name), plan, name, path)
+                if moved is not None:
+                    moments[count] = moved
+            count += 1
+    return {**state, "state": moments, "param_groups": groups}
+
+
+def group_origin(group: Sequence[str], stored: Names, position: int) -> int | None:
+    """The saved group that most of a live group's parameters were in; ``None`` where none of them was saved."""
+    known = [sum(name in set(names) for name in group) for names in stored]
+    if not any(known):
+        return None
+    if position < len(known) and known[position] == max(known):
+        return position
+    return known.index(max(known))
+
+
+def adapt_averages(checkpoint: dict[str, Any], plan: AdaptPlan, model: Mapping[str, torch.Tensor]) -> list[str]:
+    """Send averaged copies of the model through the same plan, in place of the entries of ``checkpoint``.
+
+    A new row of an average starts where the model's row starts, as a new average would.
+
+    Args:
+        checkpoint: a file's content; entries named in :data:`AVERAGES` are replaced by new dicts.
+        plan: what happened to the weights.
+        model: the state dict that the model gets.
+
+    Returns:
+        The keys that were replaced.
+    """
+    found: list[str] = []
+    for key in AVERAGES:
+        entry = checkpoint.get(key)
+        if not isinstance(entry, Mapping):
+            continue
+        inner = next((k for k in ("module", "state_dict", "state") if isinstance(entry.get(k), Mapping)), None)
+        tensors = entry if inner is None else entry[inner]
+        prefix = "module." if tensors and all(str(name).startswith("module.") for name in tensors) else ""
+        named = strip_prefix({str(k): v for k, v in tensors.items() if torch.is_tensor(v)}, prefix)
+        taken = {t.name for t in plan.by_action("copied", "carried")}
+        if not taken & named.keys():
+            continue
+        usable = AdaptPlan(tuple(t for t in plan.tensors if t.name in named), plan.source, plan.target, plan.layouts)
+        adapted = usable.apply(named, {name: value for name, value in model.items() if name in named})
+        rest = {k: v for k, v in tensors.items() if not torch.is_tensor(v)}
+        out = {**rest, **{prefix + name: value for name, value in adapted.items()}}
+        checkpoint[key] = out if inner is None else {**entry, inner: out}
+        found.append(key)
+    return found
+
+
+def reorder_scheduler(node: Any, origins: Sequence[int | None], base_lrs: Sequence[float]) -> Any:
+    """A copy of a saved scheduler (or of a trainer's state that holds one) whose lists follow the live groups.
+
+    Args:
+        node: any plain tree.
+        origins: for each live group, the saved group it continues, or ``None``.
+        base_lrs: learning rates of the live groups, for those that continue none.
+    """
+    if isinstance(node, Mapping):
+        out = {key: reorder_scheduler(value, origins, base_lrs) for key, value in node.items()}
+        for key in ("base_lrs", "_last_lr"):
+            if isinstance(node.get(key), list):
+                saved = node[key]
+                out[key] = [
+                    saved[o] if o is not None and o < len(saved) else lr
+                    for o, lr in zip(origins, base_lrs, strict=True)
+                ]
+        return out
+    return node
+
+
+def _names_by_identity(state: Mapping[str, Any], live_names: Names, plan: AdaptPlan, path: str) -> Names:
+    groups = state["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g) for g in live_names]:
+        raise _unsure(path, "the optimizer groups of this run", "groups of other sizes")
+    shapes = {t.name: t.source_shape for t in plan.tensors}
+    for group, entry in zip(live_names, groups, strict=True):
+        for name, number in zip(group, entry["params"], strict=True):
+            for value in (state["state"].get(number) or {}).values():
+                if torch.is_tensor(value) and value.dim() > 0 and tuple(value.shape) != shapes.get(name):
+                    raise _unsure(path, f"a moment of shape {shapes.get(name)} for {name}", str(tuple(value.shape)))
+    return live_names
+
+
+def _adapt_entry(
+    entry: Mapping[str, Any], planned: TensorPlan | None, plan: AdaptPlan, name: str, path: str
+) -> dict[str, Any] | None:
+    if planned is None or planned.action not in ("copied", "carried"):
+        return None
+    out: dict[str, Any] = {}
+    layouts = {layout.tensor: layout for layout in plan.layouts}
+    for key, value in entry.items():
+        if not torch.is_tensor(value) or value.dim() == 0 or planned.action == "copied":
+            if torch.is_tensor(value) and value.dim() > 0 and tuple(value.shape) != planned.source_shape:
+                raise _unsure(path, f"{key} of shape {planned.source_shape} for {name}", str(tuple(value.shape)))
+            out[key] = value
+            continue
+        if tuple(value.shape) != planned.source_shape or planned.target_shape is None:
+            raise _unsure(path, f"{key} of shape {planned.source_shape} for {name}", str(tuple(value.shape)))
+        layout = layouts[name]
+        zeros = torch.zeros(planned.target_shape, dtype=value.dtype, device=value.device)
+        out[key] = move_rows(value, zeros, layout, plan.tensor_map(planned, layout))
+    return out
+
+
+def _unsure(path: str, expected: str, found: str) -> ResumeError:
+    return ResumeError(
+        f"optimizer state of {path}",
+        expected=expected,
+        found=found,
+        fix="Its moments cannot be told apart: start a new run from this file without --resume.",
+    )
+
+
+logger = logging.getLogger(__name__)
+
+
+def adapt_resume(
+    checkpoint: dict[str, Any],
+    plan: AdaptPlan,
+    known: Provenance,
+    model: nn.Module,
+    checkpointables: Mapping[str, Any],
+    mode: str,
+    path: str,
+) -> None:
+    """Replace the optimizer and scheduler state of ``checkpoint`` by one that fits the live run.
+
+    Where neither the classes nor the order of the parameters changed, nothing is replaced.
+
+    Args:
+        checkpoint: a file's content without its model.
+        plan: of the weights.
+        known: the file's provenance.
+        model: the live model.
+        checkpointables: what the checkpointer will load the rest into.
+        mode: ``"refuse"`` or ``"adapt"``, what to do when the classes changed.
+        path: the file, for messages.
+
+    Raises:
+        ResumeError: the classes changed and ``mode`` is ``"refuse"``, or moments cannot be told apart.
+    """
+    changed = [
+        t
+        for t in plan.tensors
+        if t.source_shape is not None and t.action in ("carried", "initialised", "kept") and "rebuilt" not in t.reason
+    ]
+    if changed and mode == "refuse":
+        raise ResumeError(
+            path,
+            expected="the tensors of the run that is resumed",
+            found=f"{len(changed)} that changed, {changed[0].name} first ({summary_line(plan)})",
+            fix="Set MODEL.HEAD_ADAPT.RESUME adapt to go on: carried rows keep their optimizer moments, new rows start "
+            "at zero. Or start a new run without --resume in another OUTPUT_DIR.",
+        )
+    live = find_optimizer(checkpointables)
+    holders = find_state(checkpoint)
+    if live is None or not holders:
+        return
+    names = optimizer_names(live, dict(model.named_parameters()))
+    if not changed and known.optimizer in ((), names):
+        return
+    for holder in holders:
+        holder["optimizer"] = adapt_state(holder["optimizer"], known.optimizer, live, names, plan, path)
+    stored = known.optimizer or names
+    origins = [group_origin(group, stored, position) for position, group in enumerate(names)]
+    if origins != list(range(len(stored))):
+        rates = [float(group.get("initial_lr", group["lr"])) for group in live.param_groups]
+        for key in ("trainer", "scheduler"):
+            if key in checkpoint:
+                checkpoint[key] = reorder_scheduler(checkpoint[key], origins, rates)
+    logger.info("Optimizer moments of %s went through the same plan as the weights; new rows start at zero.", path)
+
+
+def find_optimizer(checkpointables: Mapping[str, Any]) -> torch.optim.Optimizer | None:
+    """The optimizer among what a checkpointer saves: its own entry, or a trainer's."""
+    for value in checkpointables.values():
+        for candidate in (value, getattr(value, "optimizer", None)):
+            if isinstance(candidate, torch.optim.Optimizer):
+                return candidate
+    return None

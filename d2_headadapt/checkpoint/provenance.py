@@ -1,0 +1,105 @@
+"""The class tables and layouts that a checkpoint was saved with: top-level key ``d2_headadapt`` beside ``model``.
+
+Plain types only, because a numpy scalar or a dataclass would make weights-only loading fail. Stock detectron2 passes
+unknown top-level keys through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..adapt.classes import ClassTable
+from ..adapt.layouts import HeadLayout
+from ..errors import CheckpointFileError
+
+KEY = "d2_headadapt"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a file says about itself.
+
+    Args:
+        tables: class tables by label space.
+        layouts: of its head tensors.
+        optimizer: parameter names of each optimizer group, in the optimizer's order.
+        untrained: classes by label space of which some row was neither carried, fitted nor trained.
+        extra: everything else, kept as it was found.
+    """
+
+    tables: Mapping[str, ClassTable] = field(default_factory=dict)
+    layouts: tuple[HeadLayout, ...] = ()
+    optimizer: tuple[tuple[str, ...], ...] = ()
+    untrained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The form that goes into a file."""
+        extra = {key: value for key, value in self.extra.items() if key != "untrained"}
+        if self.untrained:
+            extra["untrained"] = {space: list(names) for space, names in self.untrained.items()}
+        return {
+            "version": VERSION,
+            "tables": {space: list(table.names) for space, table in self.tables.items()},
+            "layouts": [layout.to_json() for layout in self.layouts],
+            "optimizer": [list(names) for names in self.optimizer],
+            "extra": extra,
+        }
+
+    @classmethod
+    def from_plain(cls, data: Any, path: str) -> Provenance:
+        """Read :meth:`to_plain`'s form; keys that this version does not know stay in ``extra``.
+
+        Raises:
+            CheckpointFileError: of a higher version, or damaged.
+        """
+        where = f"{path}, entry {KEY!r}"
+        if not isinstance(data, Mapping) or not isinstance(data.get("version"), int):
+            raise CheckpointFileError(
+                where,
+                expected="a mapping with a version",
+                found=type(data).__name__,
+                fix="The file was written by another program; remove that entry, and name its classes with "
+                "MODEL.HEAD_ADAPT.SOURCE_CLASSES.",
+            )
+        if data["version"] > VERSION:
+            raise CheckpointFileError(
+                where,
+                expected=f"version {VERSION} or lower",
+                found=f"version {data['version']}",
+                fix="Upgrade: pip install -U d2_headadapt.",
+            )
+        try:
+            extra = dict(data.get("extra") or {})
+            untrained = {str(s): tuple(map(str, names)) for s, names in (extra.pop("untrained", None) or {}).items()}
+            known = {"version", "tables", "layouts", "optimizer", "extra"}
+            extra.update({key: value for key, value in data.items() if key not in known})
+            return cls(
+                {str(s): ClassTable(names, f"{path}") for s, names in (data.get("tables") or {}).items()},
+                tuple(HeadLayout.from_json(layout) for layout in data.get("layouts") or ()),
+                tuple(tuple(map(str, group)) for group in data.get("optimizer") or ()),
+                untrained,
+                extra,
+            )
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise CheckpointFileError(
+                where,
+                expected="class tables and layouts",
+                found=str(exc),
+                fix="The entry is damaged; use another checkpoint of this run.",
+            ) from exc
+
+
+def optimizer_names(optimizer: Any, named: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Names of the parameters of each group, in the optimizer's own order, by identity.
+
+    Args:
+        optimizer: a torch optimizer.
+        named: name -> parameter of the model.
+    """
+    names = {id(parameter): name for name, parameter in named.items()}
+    groups: Sequence[Mapping[str, Any]] = optimizer.param_groups
+    return tuple(tuple(names.get(id(p), "") for p in group["params"]) for group in groups)

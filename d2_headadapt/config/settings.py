@@ -1,0 +1,284 @@
+"""What a user wants of an adaptation, as plain values: attached to the model, so that any checkpointer finds it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..adapt.classes import KEY_SUFFIXES, SPACES, ClassTable, did_you_mean
+from ..data.datasets import resolve_table, training_table
+from ..data.task_spec import source_tables, task_specs
+from ..errors import ConfigError, DatasetError
+from .keys import add_headadapt_config
+
+logger = logging.getLogger(__name__)
+Named = ClassTable | str | Sequence[str]
+"""One class list, as people write it: a table, a list of names, or a dataset, vocabulary or file by its name."""
+ATTRIBUTE = "head_adapt_settings"
+
+NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
+    "GeneralizedRCNN": (
+        ("thing", "MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("thing", "MODEL.POINT_HEAD.NUM_CLASSES"),
+        ("keypoint", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"),
+    ),
+    "ProposalNetwork": (),
+    "RetinaNet": (("thing", "MODEL.RETINANET.NUM_CLASSES"),),
+    "FCOS": (("thing", "MODEL.FCOS.NUM_CLASSES"),),
+    "SemanticSegmentor": (
+        ("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
+        ("stuff", "MODEL.POINT_HEAD.NUM_CLASSES"),
+    ),
+    "PanopticFPN": (
+        ("thing", "MODEL.ROI_HEADS.NUM_CLASSES"),
+        ("thing", "MODEL.POINT_HEAD.NUM_CLASSES"),
+        ("keypoint", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"),
+        ("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
+    ),
+    "PanopticDeepLab": (("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),),
+    "MultiTaskClassifier": (),
+}
+"""The keys that each meta-architecture of detectron2 reads its class counts from."""
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """Everything that a load needs to know beside the file and the model.
+
+    Args:
+        target: class tables that the model shall predict, by label space; what is absent is unknown.
+        source: class tables of the file as the user names them.
+        initialise: label spaces whose heads take nothing from the file.
+        aliases, match: see :func:`d2_headadapt.adapt.matching.match_classes`.
+        min_coverage: least share of the file's tensors that must find a place.
+        trust_file: allow full pickle.
+        verify_file: check the CRC of records that are taken.
+        resume: ``"refuse"`` or ``"adapt"``, what a resume does when the class list changed.
+        include, exclude, rename: see :mod:`d2_headadapt.checkpoint.keys`.
+        new_rows: ``"recipe"``, or ``"nearest"``: see :mod:`d2_headadapt.modeling.text.nearest`.
+        text_file, text_names: see :func:`d2_headadapt.modeling.text.bundle.read_bundle`.
+
+    Raises:
+        ConfigError: tables that are none (:meth:`of` takes plain names), or an unknown choice.
+
+    Example:
+        >>> from d2_headadapt import AdaptSettings, ClassTable
+        >>> AdaptSettings(target={"thing": ClassTable(["cat", "gnu"])}, min_coverage=0.9).resume
+        'refuse'
+    """
+
+    target: Mapping[str, ClassTable] = field(default_factory=dict)
+    source: Mapping[str, ClassTable] = field(default_factory=dict)
+    initialise: frozenset[str] = frozenset()
+    aliases: tuple[str, ...] = ()
+    match: str = "name"
+    min_coverage: float = 0.5
+    trust_file: bool = False
+    verify_file: bool = True
+    resume: str = "refuse"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: tuple[str, ...] = ()
+    new_rows: str = "recipe"
+    text_file: str = ""
+    text_names: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("target", "source"):
+            value: Any = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(table, ClassTable) for table in value.values()):
+                raise ConfigError(
+                    f"AdaptSettings, {name}",
+                    expected="class tables by label space, such as {'thing': ClassTable(['cat', 'dog'])}",
+                    found=repr(value),
+                    fix="Plain names are taken by AdaptSettings.of(['cat', 'dog'], source='coco').",
+                )
+        for name, choices in (
+            ("match", ("name", "position")),
+            ("resume", ("refuse", "adapt")),
+            ("new_rows", ("recipe", "nearest")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"MODEL.HEAD_ADAPT.{name.upper()}",
+                    expected=f"{choices[0]!r} or {choices[1]!r}",
+                    found=repr(getattr(self, name)),
+                    fix=f"Set MODEL.HEAD_ADAPT.{name.upper()} {choices[0]}.",
+                )
+
+    @classmethod
+    def of(
+        cls,
+        target: Named | Mapping[str, Named] | None = None,
+        source: Named | Mapping[str, Named] | None = None,
+        **more: Any,
+    ) -> AdaptSettings:
+        """Settings from plain names.
+
+        Args:
+            target: what the model predicts: a list of names, or the name of a registered dataset, a vocabulary, or a
+                .json or .txt file; for another label space than ``thing``, or several, a mapping such as
+                ``{"thing": "coco", "colour": ["red", "blue"]}``. ``None`` where it is not known.
+            source: what the file was trained on, in the same forms; ``"none"`` takes nothing of the head. ``None``
+                asks the file.
+            more: other fields of :class:`AdaptSettings`.
+
+        Raises:
+            ConfigError: no field of that name, or a value that cannot be used.
+            ClassTableError, DatasetError: names that cannot be used.
+
+        Example:
+            >>> from d2_headadapt import AdaptSettings
+            >>> settings = AdaptSettings.of(["lorry", "cat", "gnu"], source="coco", aliases=["lorry=truck"])
+            >>> settings.target["thing"]
+            ClassTable(3 classes of target: lorry, cat, gnu)
+            >>> len(settings.source["thing"])
+            80
+        """
+        unknown = sorted(set(more) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ConfigError(
+                "AdaptSettings",
+                expected="the name of a field",
+                found=repr(unknown[0]),
+                fix=f"Correct it.{did_you_mean(unknown[0], [f.name for f in fields(cls)])}",
+            )
+        lists = {key: value for key, value in more.items() if isinstance(value, list)}
+        more.update({key: tuple(value) for key, value in lists.items() if key != "text_names"})
+        nothing = _by_space(source)
+        initialise = {space for space, value in nothing.items() if isinstance(value, str) and value.lower() == "none"}
+        return cls(
+            {space: _named(value, "target", space) for space, value in _by_space(target).items()},
+            {space: _named(value, "source", space) for space, value in nothing.items() if space not in initialise},
+            **{**more, "initialise": frozenset(initialise | set(more.get("initialise", ())))},
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, *, registered_only: bool = False) -> AdaptSettings:
+        """Read the keys under ``MODEL.HEAD_ADAPT`` and the classes of ``DATASETS.TRAIN``.
+
+        Args:
+            cfg: a config; where ``add_headadapt_config`` was not called, the defaults hold.
+            registered_only: a training set that is not registered leaves the target unknown instead of raising, as
+                when a model is only built to predict.
+
+        Raises:
+            ConfigError, ClassTableError, DatasetError: a key that cannot be used.
+        """
+        cfg = with_keys(cfg)
+        node = cfg.MODEL.HEAD_ADAPT
+        source: dict[str, ClassTable] = {}
+        target: dict[str, ClassTable] = {}
+        initialise: set[str] = set()
+        for space in SPACES:
+            key = f"SOURCE_CLASSES{KEY_SUFFIXES[space]}"
+            value = node[key]
+            if isinstance(value, str) and value.lower() == "none":
+                initialise.add(space)
+            else:
+                table = resolve_table(value, key=f"MODEL.HEAD_ADAPT.{key}", space=space)
+                if table is not None:
+                    source[space] = table
+            key = f"TARGET_CLASSES{KEY_SUFFIXES[space]}"
+            table = resolve_table(node[key], key=f"MODEL.HEAD_ADAPT.{key}", space=space)
+            if table is None:
+                table = _training_table(cfg.DATASETS.TRAIN, space, registered_only)
+            if table is not None:
+                target[space] = table
+        for name, named in source_tables(cfg).items():
+            if named is None:
+                initialise.add(name)
+            else:
+                source[name] = named
+        target.update({spec.name: spec.table for spec in task_specs(cfg, registered_only=registered_only)})
+        return cls(
+            target,
+            source,
+            frozenset(initialise),
+            tuple(str(alias) for alias in node.ALIASES),
+            str(node.MATCH),
+            float(node.MIN_COVERAGE),
+            bool(node.TRUST_FILE),
+            bool(node.VERIFY_FILE),
+            str(node.RESUME),
+            tuple(node.INCLUDE),
+            tuple(node.EXCLUDE),
+            tuple(node.RENAME),
+            str(node.NEW_ROWS),
+            str(node.TEXT.FILE),
+            node.TEXT.NAMES,
+        )
+
+
+def _by_space(value: Named | Mapping[str, Named] | None) -> Mapping[str, Named]:
+    return {} if value is None else value if isinstance(value, Mapping) else {"thing": value}
+
+
+def _named(value: Named, key: str, space: str) -> ClassTable:
+    table = value if isinstance(value, ClassTable) else resolve_table(value, key=key, space=space)
+    if table is None:
+        raise ConfigError(
+            f"{key}, {space!r}", expected="a class list", found="None", fix="Leave the label space out instead."
+        )
+    return table
+
+
+def _training_table(names: Sequence[str], space: str, registered_only: bool) -> ClassTable | None:
+    try:
+        return training_table(names, space) if len(names) else None
+    except DatasetError:
+        if registered_only:
+            return None
+        raise
+
+
+def with_keys(cfg: CfgNode) -> CfgNode:
+    """``cfg`` itself where it has this package's keys, else a clone that does."""
+    if "HEAD_ADAPT" in cfg.MODEL:
+        return cfg
+    cfg = cfg.clone()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    add_headadapt_config(cfg)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def apply_num_classes(cfg: CfgNode, target: Mapping[str, ClassTable]) -> list[str]:
+    """Write the length of each target table under every key that this architecture reads, in place.
+
+    Returns:
+        One line per key that changed, such as ``MODEL.ROI_HEADS.NUM_CLASSES was 80, is 5, the classes of my_train``.
+    """
+    lines: list[str] = []
+    for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, NUM_CLASSES_KEYS["PanopticFPN"]):
+        *path, last = key.split(".")
+        node: Any = cfg
+        for name in path:
+            node = node.get(name) if node is not None else None
+        if node is None or last not in node or space not in target:
+            continue
+        if node[last] != len(target[space]):
+            lines.append(f"{key} was {node[last]}, is {len(target[space])}, the classes of {target[space].origin}")
+            node[last] = len(target[space])
+    return lines
+
+
+def attach_settings(model: nn.Module, settings: AdaptSettings) -> None:
+    """Leave ``settings`` on ``model`` for the checkpointer, in place of any that a head inside it carries."""
+    setattr(model, ATTRIBUTE, settings)
+
+
+def settings_of(model: nn.Module) -> AdaptSettings | None:
+    """The settings attached to ``model``, else to a module inside it."""
+    for module in model.modules():
+        found = getattr(module, ATTRIBUTE, None)
+        if isinstance(found, AdaptSettings):
+            return found
+    return None

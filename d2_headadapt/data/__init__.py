@@ -1,0 +1,1 @@
+"""Datasets: registering them, their categories, and the labels of tasks."""

@@ -1,0 +1,1 @@
+"""Evaluators of datasets and of tasks, their metrics and pictures."""

@@ -1,0 +1,165 @@
+"""The one function that fits: choose images, solve every head, write last, or leave the model as it was."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..adapt.classes import SPACES
+from ..modeling.task_dry_run import evaluating
+from .boxes import fit_boxes
+from .dense import fit_dense
+from .images import FeatureCache, ImageStream, Mapper, choose_images, random_states_kept
+from .masks import fit_masks
+from .rows import RowWriter
+from .rpn import fit_rpn
+from .settings import FitReport, FitSettings, PartReport
+from .tasks import fit_tasks
+
+logger = logging.getLogger(__name__)
+
+
+def fit_new_rows(
+    model: nn.Module,
+    dataset: Sequence[dict[str, Any]],
+    mapper: Mapper,
+    *,
+    new: Mapping[str, Sequence[int]],
+    settings: FitSettings | None = None,
+    cache: FeatureCache | None = None,
+) -> FitReport:
+    """Solve the rows of new classes in closed form on the frozen features of the user's own images.
+
+    With any class carried only rows of new classes are written; all others keep their bits. With none carried,
+    background, agnostic boxes and the RPN's last layer are solved too. Nothing is drawn from a global random stream.
+    With several processes each looks at its share of the images and all end with the same rows.
+
+    Args:
+        model: a detectron2 model whose weights are loaded; written in place.
+        dataset: its training set, category ids contiguous; the same in every process.
+        mapper: see :data:`d2_headadapt.fit.images.Mapper`.
+        new: indices of the classes that have no trained row, by label space, or by tensor name where the heads of
+            one space differ (a file with boxes and no masks).
+        settings: how.
+        cache: backbone features of an earlier fit with the same backbone, images and seed.
+
+    Returns:
+        What was solved and what was not, and why.
+
+    Raises:
+        RankError, LayoutError: the solution failed. Whatever is raised, the model is as it was.
+    """
+    settings = settings or FitSettings()
+    started = time.perf_counter()
+    wanted = {name: tuple(classes) for name, classes in new.items() if len(classes)}
+    if not wanted:
+        return FitReport()
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    writer = RowWriter(model, wanted)
+    spaces = {space: writer.new_in(space) for space in sorted({o.space for o in writer.layouts.values()})}
+    spaces = {space: classes for space, classes in spaces.items() if classes}
+    tasks = {space: classes for space, classes in spaces.items() if space not in SPACES}
+    chosen = choose_images(dataset, spaces.get("thing", ()), settings, tasks)
+    stream = ImageStream(model, dataset, mapper, chosen, settings, comm.get_rank(), comm.get_world_size(), cache)
+    if len(stream) == 0:
+        return FitReport((PartReport("model", "kept", "the training set has no images"),), spaces, spaces)
+    try:
+        with random_states_kept(), evaluating(model), torch.no_grad():
+            parts, without = _fit(model, dataset, stream, writer, settings, spaces)
+    except BaseException:
+        writer.undo()
+        raise
+    skipped = _all_skipped(stream)
+    seconds = time.perf_counter() - started
+    report = FitReport(tuple(parts), spaces, without, len(stream) - len(skipped), skipped, seconds, tuple(chosen))
+    for part in parts:
+        logger.info("fit: %s", part.line())
+    logger.info("%s", report.line())
+    return report
+
+
+def _fit(
+    model: Any,
+    dataset: Sequence[dict[str, Any]],
+    stream: ImageStream,
+    writer: RowWriter,
+    settings: FitSettings,
+    spaces: Mapping[str, tuple[int, ...]],
+) -> tuple[list[PartReport], dict[str, tuple[int, ...]]]:
+    parts = [
+        PartReport(space, "kept", "rows of this label space keep their recipe")
+        for space in spaces
+        if space in SPACES and space != "thing"
+    ]
+    without: dict[str, tuple[int, ...]] = {}
+    if "thing" in spaces:
+        found, missing = _fit_things(model, dataset, stream, writer, settings, spaces["thing"])
+        parts += found
+        without = {"thing": missing} if missing else {}
+    if set(spaces) - set(SPACES):
+        found, missing_of = fit_tasks(model, stream, writer, settings)
+        parts += found
+        without.update(missing_of)
+    return parts, without
+
+
+def _fit_things(
+    model: Any,
+    dataset: Sequence[dict[str, Any]],
+    stream: ImageStream,
+    writer: RowWriter,
+    settings: FitSettings,
+    missing: tuple[int, ...],
+) -> tuple[list[PartReport], tuple[int, ...]]:
+    parts: list[PartReport] = []
+    if hasattr(model, "roi_heads"):
+        rpn = getattr(model, "proposal_generator", None)
+        if rpn is not None:
+            parts.append(_fit_rpn(model, dataset, stream, writer, settings))
+        if "box" in settings.parts:
+            found, missing = fit_boxes(model, "roi_heads", stream, writer, settings)
+            parts += found
+        else:
+            parts.append(PartReport("roi_heads.box_predictor", "kept", "FIT.PARTS leaves it out"))
+        if getattr(model.roi_heads, "mask_on", False):
+            parts.append(fit_masks(model, "roi_heads", stream, writer, settings))
+    elif hasattr(model, "head") and hasattr(model, "anchor_generator"):
+        report, missing = fit_dense(model, "head", stream, writer, settings)
+        parts.append(report)
+    else:
+        parts.append(PartReport("model", "kept", f"how {type(model).__name__} uses its classes is not known"))
+    return parts, missing
+
+
+def _fit_rpn(
+    model: Any, dataset: Sequence[dict[str, Any]], stream: ImageStream, writer: RowWriter, settings: FitSettings
+) -> PartReport:
+    name = "proposal_generator"
+    classifiers = [name for name in writer.layouts if name.endswith("cls_score.weight")]
+    carried = {k for tensor in classifiers for k in writer.carried(tensor)}
+    if not any(writer.new(tensor) for tensor in classifiers):
+        return PartReport(name, "kept", "no box row is new")
+    if carried:
+        carried -= {int(a["category_id"]) for entry in dataset for a in entry.get("annotations", ())}
+    if settings.rpn == "never" or "rpn" not in settings.parts:
+        return PartReport(name, "kept", "FIT.RPN or FIT.PARTS leaves it out")
+    if carried:
+        return PartReport(name, "kept", f"{len(carried)} carried classes are not labelled in the training set")
+    if not hasattr(model.proposal_generator, "rpn_head"):
+        return PartReport(name, "kept", "it is not an RPN")
+    limit = model.proposal_generator.post_nms_topk[False]
+    return fit_rpn(model.proposal_generator, name, stream, writer, settings, limit)
+
+
+def _all_skipped(stream: ImageStream) -> tuple[tuple[str, str], ...]:
+    parts: list[dict[str, str]] = comm.all_gather(stream.skipped)
+    merged = {name: reason for part in parts for name, reason in part.items()}
+    return tuple(sorted(merged.items()))

@@ -1,0 +1,1 @@
+"""Modules: box predictors, ROI heads, the image classifier, and the heads of tasks."""

@@ -1,0 +1,211 @@
+"""What a command works on, from a yaml or a LazyConfig: a settled config, and how to build what it describes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from omegaconf import DictConfig
+from torch import nn
+
+from ..adapt.classes import ClassTable
+from ..config.settings import AdaptSettings, apply_num_classes, attach_settings
+from ..errors import ConfigError, UsageError
+from ..fit.hook import mapper_at_test_size, training_dicts
+from ..fit.images import Mapper
+from .build import build_on_meta, building
+from .lazy.loading import load
+from .lazy.mirror import mirror_of
+from .lazy.preparing import prepare
+from .lazy.tree import built, calls, select, target_of
+from .lazy.words import is_lazy_file
+from .yaml import load_config, resolve_config
+
+
+def no_training_set() -> UsageError:
+    """The error for who wants to fit without images."""
+    return UsageError(
+        "DATASETS.TRAIN",
+        expected="a dataset to fit new rows on",
+        found="none",
+        fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A yaml's.
+
+    Args:
+        config: resolved and frozen.
+        settings: of the config.
+    """
+
+    config: CfgNode
+    settings: AdaptSettings
+
+    def build(self) -> nn.Module:
+        """The model on ``MODEL.DEVICE``, as its constructors leave it, with the settings attached."""
+        with building():
+            model: nn.Module = build_model(self.config)
+        attach_settings(model, self.settings)
+        return model
+
+    def build_on_meta(self) -> nn.Module:
+        """Its names and shapes; on the CPU where a module does not build on the meta device."""
+        return build_on_meta(self.config)
+
+    def build_small(self) -> nn.Module:
+        """The model on the CPU with few detections and no threshold, for a forward pass; no random stream moves."""
+        cfg = self.config.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+        # Everything is a detection, and few of them: each head is called, and soon done.
+        cfg.TEST.DETECTIONS_PER_IMAGE = 3
+        cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 8
+        for node in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.get("FCOS", {})):
+            if "SCORE_THRESH_TEST" in node:
+                node.SCORE_THRESH_TEST = 0.0
+        with building(), torch.random.fork_rng(devices=[]):
+            model: nn.Module = build_model(cfg)
+        return model
+
+    def training_dicts(self) -> list[dict[str, Any]]:
+        """See :func:`d2_headadapt.fit.hook.training_dicts`."""
+        return training_dicts(self.config)
+
+    def mapper_at_test_size(self) -> Mapper:
+        """See :func:`d2_headadapt.fit.hook.mapper_at_test_size`."""
+        return mapper_at_test_size(self.config)
+
+    def test_augmentations(self) -> list[Any]:
+        """What a test image goes through."""
+        size = self.config.INPUT.MIN_SIZE_TEST
+        if size < 0:
+            raise ConfigError(
+                "INPUT.MIN_SIZE_TEST",
+                expected="the pixels of an image's shorter side, or 0 to leave it",
+                found=str(size),
+                fix="Write the size that the model was trained with, such as INPUT.MIN_SIZE_TEST 800.",
+            )
+        return [T.ResizeShortestEdge([size, size], self.config.INPUT.MAX_SIZE_TEST)] if size else []
+
+    def with_tables(self, tables: Mapping[str, ClassTable]) -> Recipe:
+        """The same for label spaces that the config leaves open and a checkpoint knows."""
+        target = {**tables, **self.settings.target}
+        cfg = self.config.clone()
+        cfg.defrost()
+        apply_num_classes(cfg, target)
+        cfg.freeze()
+        return replace(self, config=cfg, settings=replace(self.settings, target=target))
+
+
+@dataclass(frozen=True)
+class LazyRecipe(Recipe):
+    """A LazyConfig's; ``config`` is the yaml that it amounts to.
+
+    Args:
+        lazy: as :func:`d2_headadapt.setup.lazy.prepare` leaves it.
+    """
+
+    lazy: DictConfig
+
+    def build(self) -> nn.Module:
+        model: nn.Module = built(self.lazy.model, "model")
+        return model.to(self.config.MODEL.DEVICE)
+
+    def build_on_meta(self) -> nn.Module:
+        try:
+            with torch.device("meta"):
+                model: nn.Module = built(self.lazy.model, "model")
+        except (NotImplementedError, RuntimeError):
+            model = built(self.lazy.model, "model")
+        return model
+
+    def build_small(self) -> nn.Module:
+        tree = copy.deepcopy(self.lazy.model)
+        for _, node in calls(tree):
+            for key, value in (("test_score_thresh", 0.0), ("test_topk_per_image", 3), ("max_detections_per_image", 3)):
+                if key in node:
+                    node[key] = value
+            if "post_nms_topk" in node:
+                node.post_nms_topk = (8, 8)
+        with torch.random.fork_rng(devices=[]):
+            model: nn.Module = built(tree, "model")
+        return model
+
+    def training_dicts(self) -> list[dict[str, Any]]:
+        if self.config.DATASETS.TRAIN:
+            return training_dicts(self.config)
+        # A function of the user's own knows its dataset itself.
+        if target_of(select(self.lazy, "dataloader.train.dataset")) in (None, get_detection_dataset_dicts):
+            raise no_training_set()
+        dicts: list[dict[str, Any]] = built(self.lazy.dataloader.train.dataset, "dataloader.train.dataset")
+        return dicts
+
+    def mapper_at_test_size(self) -> Mapper:
+        """The training mapper with the augmentations of the test mapper."""
+        node = select(self.lazy, "dataloader.train.mapper")
+        target = target_of(node)
+        if not (isinstance(target, type) and issubclass(target, DatasetMapper)) or "augmentations" not in node:
+            return mapper_at_test_size(self.config)
+        node = copy.deepcopy(node)
+        node.augmentations = copy.deepcopy(select(self.lazy, "dataloader.test.mapper", {}).get("augmentations", []))
+        mapper: Mapper = built(node, "dataloader.train.mapper")
+        return mapper
+
+    def test_augmentations(self) -> list[Any]:
+        mapper = select(self.lazy, "dataloader.test.mapper")
+        found = mapper.get("augmentations") if isinstance(mapper, DictConfig) else None
+        return (
+            list(built(found, "dataloader.test.mapper.augmentations"))
+            if found is not None
+            else super().test_augmentations()
+        )
+
+    def with_tables(self, tables: Mapping[str, ClassTable]) -> LazyRecipe:
+        cfg = self.config.clone()
+        cfg.defrost()
+        made = prepare(self.lazy, reads_labels=False, registered_only=True, mirror=cfg, known=tables)
+        return LazyRecipe(made.config, made.settings, made.lazy)
+
+
+def read_recipe(
+    config_file: str,
+    opts: Sequence[str] = (),
+    imports: Sequence[str] = (),
+    *,
+    reads_labels: bool = False,
+    change: Callable[[CfgNode], None] = lambda cfg: None,
+) -> Recipe:
+    """Read and resolve what ``--config-file`` names.
+
+    Args:
+        config_file: a yaml, a LazyConfig's ``.py``, or empty for detectron2's defaults.
+        opts: overrides: ``KEY VALUE`` pairs, or ``key=value`` for a LazyConfig.
+        imports: modules or files that register components.
+        reads_labels: see :func:`d2_headadapt.setup.yaml.resolve_config`.
+        change: changes the config, or a LazyConfig's mirror, before it is resolved.
+
+    Raises:
+        HeadAdaptError: what cannot be read or used.
+    """
+    lazy = load(config_file, opts, imports) if is_lazy_file(config_file) else None
+    cfg = load_config(config_file, opts, imports) if lazy is None else mirror_of(lazy)
+    change(cfg)
+    return resolved_recipe(cfg, lazy, reads_labels=reads_labels)
+
+
+def resolved_recipe(cfg: CfgNode, lazy: DictConfig | None, *, reads_labels: bool = True) -> Recipe:
+    """Resolve a config that was read, in place; with ``lazy`` it is the mirror of that."""
+    if lazy is None:
+        return Recipe(cfg, resolve_config(cfg, reads_labels=reads_labels))
+    made = prepare(lazy, reads_labels=reads_labels, mirror=cfg)
+    return LazyRecipe(made.config, made.settings, made.lazy)

@@ -1,0 +1,288 @@
+"""From command line arguments to a frozen config: components, keys, datasets, classes and device settled, and said."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from ..adapt.classes import KEY_SUFFIXES, ClassTable, did_you_mean
+from ..config.keys import add_headadapt_config
+from ..config.settings import AdaptSettings, apply_num_classes
+from ..data.datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
+from ..data.task_datasets import say_unused_tasks, settle_tasks
+from ..data.task_spec import complete_tasks
+from ..errors import ConfigError, DatasetError, UsageError
+from ..modeling.text.preflight import refuse_text
+from .components import add_component_keys, import_components
+from .task_checks import check_tasks
+
+logger = logging.getLogger(__name__)
+
+
+class PathAwareCfgNode(CfgNode):
+    """A config whose ``DATASETS.REGISTER`` paths are relative to the yaml that holds them, base files included."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        settle_yaml(loaded, filename)
+        return loaded
+
+
+def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
+    """What a yaml says in its own place: paths of ``DATASETS.REGISTER`` become absolute, a task's ``on`` a string.
+
+    Args:
+        loaded: its content, with that of its base files, which came through here first; changed in place.
+        filename: the yaml.
+
+    Raises:
+        ConfigError: a task, or a key of a task, that is there twice.
+    """
+    _refuse_duplicate_tasks(filename)
+    datasets = loaded.get("DATASETS")
+    entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
+    if isinstance(datasets, dict) and isinstance(entries, (list, tuple)):
+        datasets["REGISTER"] = absolute_entries(entries, os.path.dirname(os.path.abspath(filename)))
+    tasks = (loaded.get("MODEL") or {}).get("TASKS") if isinstance(loaded.get("MODEL"), dict) else None
+    for task in tasks.values() if isinstance(tasks, dict) else ():
+        if isinstance(task, dict) and True in task:
+            task["on"] = task.pop(True)  # A bare `on` is a truth value in YAML 1.1.
+
+
+def _refuse_duplicate_tasks(filename: str) -> None:
+    """PyYAML keeps the last of two equal keys without a word: the first task, or key of a task, would be gone."""
+    with PathManager.open(filename, "r") as file:
+        node = yaml.compose(file, Loader=yaml.SafeLoader)
+    for name in ("MODEL", "TASKS"):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        node = next((value for key, value in pairs if key.value == name), None)
+    place = "MODEL.TASKS"
+    below = [(f"{place}.{key.value}", value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
+    for where, mapping in ((place, node), *below):
+        seen: dict[str, Any] = {}
+        for key, _ in mapping.value if isinstance(mapping, yaml.MappingNode) else ():
+            if key.value in seen:
+                raise ConfigError(
+                    f"{filename}, {where}",
+                    expected="different names",
+                    found=f"{key.value!r} in lines {seen[key.value]} and {key.start_mark.line + 1}",
+                    fix="Rename or remove one of the two; YAML would keep the last.",
+                )
+            seen[key.value] = key.start_mark.line + 1
+
+
+def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> CfgNode:
+    """Read a config with this package's keys and the user's components; nothing is resolved yet.
+
+    Args:
+        config_file: a yaml; empty for detectron2's defaults.
+        opts: ``KEY VALUE`` pairs.
+        imports: modules or ``.py`` files that register components, see :mod:`d2_headadapt.setup.components`.
+
+    Raises:
+        ConfigError: a missing or unreadable file, an unknown key, or a value of the wrong type.
+        UsageError: an import that fails.
+    """
+    modules = import_components(imports)
+    cfg = get_cfg()
+    add_headadapt_config(cfg)
+    add_component_keys(cfg, modules)
+    if config_file:
+        if not os.path.isfile(config_file) and "://" not in config_file:
+            raise ConfigError(
+                "--config-file", expected="a yaml file", found=f"no file {config_file!r}", fix="Correct the path."
+            )
+        # The whole tree in one type, because yacs refuses to merge nodes of two.
+        reader = PathAwareCfgNode(cfg)
+        reader.MODEL.TASKS.set_new_allowed(True)  # Which a copy forgets.
+        try:
+            merge(reader, config_file, lambda: reader.merge_from_file(config_file))
+        except ConfigError:
+            _refuse_saved_lazy(config_file)
+            raise
+        cfg = CfgNode(reader)
+        cfg.MODEL.TASKS.set_new_allowed(True)
+    complete_tasks(cfg)
+    if len(opts) % 2:
+        raise UsageError(
+            "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."
+        )
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        merge(cfg, "command line", partial(cfg.merge_from_list, [key, value]))
+    cfg.DATASETS.REGISTER = absolute_entries(cfg.DATASETS.REGISTER, os.getcwd())
+    return cfg
+
+
+def _refuse_saved_lazy(config_file: str) -> None:
+    """Raise for the ``config.yaml`` of a LazyConfig's run, which has other keys than detectron2's yaml."""
+    if not os.path.isfile(config_file):
+        return
+    with open(config_file, encoding="utf-8", errors="replace") as file:
+        is_lazy = re.search(r"^model:$", file.read(), re.MULTILINE)
+    if is_lazy:
+        raise ConfigError(
+            config_file,
+            expected="a yaml with detectron2's keys, such as MODEL",
+            found="a LazyConfig, as a run of one saves it",
+            fix="Write a .py of two lines and give that: from detectron2.config import LazyConfig, and "
+            f"globals().update(LazyConfig.load({os.path.abspath(config_file)!r})).",
+        )
+
+
+def _refuse_none(cfg: CfgNode) -> None:
+    """Raise for a key of this package that is left empty; yacs takes that in place of any type."""
+    default = get_cfg()
+    add_headadapt_config(default)
+    for node, own, place in (
+        (cfg.MODEL.HEAD_ADAPT, default.MODEL.HEAD_ADAPT, "MODEL.HEAD_ADAPT"),
+        (cfg.MODEL.HEAD_ADAPT.FIT, default.MODEL.HEAD_ADAPT.FIT, "MODEL.HEAD_ADAPT.FIT"),
+        (cfg.MODEL.HEAD_ADAPT.TEXT, default.MODEL.HEAD_ADAPT.TEXT, "MODEL.HEAD_ADAPT.TEXT"),
+    ):
+        for key, value in own.items():
+            if value is not None and node.get(key, value) is None:
+                raise ConfigError(
+                    f"{place}.{key}",
+                    expected=f"a value like {value!r}",
+                    found="nothing",
+                    fix="Remove the key, or give it a value.",
+                )
+
+
+def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
+    """Register datasets, settle the class tables, and write class counts and device, in place.
+
+    Args:
+        cfg: not frozen; frozen on return.
+        reads_labels: the run trains or evaluates, so the model's classes must be those of its datasets.
+
+    Returns:
+        AdaptSettings: to be attached to the model.
+
+    Raises:
+        HeadAdaptError: a dataset, class table or key that cannot be used.
+    """
+    settings = settle_config(cfg, reads_labels=reads_labels)
+    for line in apply_num_classes(cfg, settings.target):
+        logger.info(line)
+    if settle_device(cfg.MODEL.DEVICE, "MODEL.DEVICE") == "cpu":
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return settings
+
+
+def settle_config(
+    cfg: CfgNode, *, reads_labels: bool = True, registered_only: bool = False, region_width: int | None = None
+) -> AdaptSettings:
+    """Register datasets and settle the class tables and tasks; nothing of the model is written.
+
+    Args:
+        cfg: not frozen.
+        reads_labels: see :func:`resolve_config`.
+        registered_only: a training set that is not registered leaves its classes unknown.
+        region_width: C of the region features, where it is known.
+
+    Raises:
+        HeadAdaptError: a dataset, class table or key that cannot be used.
+    """
+    _refuse_none(cfg)
+    register_datasets(cfg.DATASETS.REGISTER)
+    check_tasks(cfg)
+    settle_tasks(cfg, registered_only=registered_only or not reads_labels)
+    say_unused_tasks(cfg)
+    named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
+    # Who names the classes needs no dataset to plan on a file.
+    settings = AdaptSettings.from_config(cfg, registered_only=registered_only or (bool(named) and not reads_labels))
+    for space in named if not reads_labels else ():
+        _say_what_wins(cfg, settings.target[space], space)
+    if reads_labels:
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            for space, table in settings.target.items():
+                if dataset_table(name, space) is not None:
+                    which = "DATASETS.TRAIN" if name in cfg.DATASETS.TRAIN else "DATASETS.TEST"
+                    check_same_classes(table, name, space, which)
+    for problem in refuse_text(cfg, settings.target.get("thing"), region_width=region_width):
+        logger.warning("%s", problem.error())
+    return settings
+
+
+def settle_device(device: str, key: str) -> str:
+    """``device``, or ``cpu`` in place of a GPU on a machine without one, which is said."""
+    try:
+        torch.device(device)
+    except RuntimeError as exc:
+        raise ConfigError(key, expected="cpu, cuda or cuda:N", found=repr(device), fix=f"Set {key} cuda.") from exc
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    logger.info("%s is %s, but this machine has no CUDA: running on the CPU.", key, device)
+    return "cpu"
+
+
+def _say_what_wins(cfg: CfgNode, target: ClassTable, space: str) -> None:
+    try:
+        trained = training_table(cfg.DATASETS.TRAIN, space)
+    except DatasetError:
+        return
+    if trained is not None and trained != target:
+        logger.info(
+            "MODEL.HEAD_ADAPT.TARGET_CLASSES%s (%d classes) wins over the %d classes of DATASETS.TRAIN.",
+            KEY_SUFFIXES[space],
+            len(target),
+            len(trained),
+        )
+
+
+def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
+    """Call ``do``, which merges something into ``cfg``, and turn what yacs raises into a message.
+
+    Raises:
+        ConfigError: with the place ``where``.
+    """
+    try:
+        do()
+    except ConfigError:
+        raise  # A message already, of the reader; it is a ValueError as yacs's are.
+    except (KeyError, AssertionError) as exc:
+        # yacs says "Non-existent config key: A.B.C", and "Non-existent key: A.B.C" with another type.
+        start, _, key = str(exc.args[0] if exc.args else "").rpartition("key: ")
+        if "Non-existent" not in start:
+            raise ConfigError(
+                where, expected="a value of the key's type", found=str(exc), fix="Correct the value."
+            ) from exc
+        raise ConfigError(
+            where, expected="a config key that exists", found=key, fix=f"Correct it.{did_you_mean(key, all_keys(cfg))}"
+        ) from exc
+    except (AttributeError, TypeError, yaml.YAMLError) as exc:
+        raise ConfigError(
+            where, expected="a yaml file of KEY: value lines", found=" ".join(str(exc).split()), fix="Correct the file."
+        ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(
+            where, expected="a yaml file, which is text", found=str(exc), fix="Correct the path."
+        ) from exc
+    except OSError as exc:
+        raise ConfigError(
+            where, expected="a yaml file and base files that can be read", found=str(exc), fix="Correct the path."
+        ) from exc
+    except ValueError as exc:
+        fix = "Correct the value." + (" A list is written [one, two]." if "tuple" in str(exc) else "")
+        found = " ".join(str(exc).split())[:300]
+        raise ConfigError(where, expected="a value of the key's type", found=found, fix=fix) from exc
+
+
+def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Every key of a config with its path."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from all_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key

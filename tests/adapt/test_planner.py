@@ -1,0 +1,254 @@
+"""What the planner decides for a head group: from tables and layouts, never from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from d2_headadapt.adapt.classes import ClassTable
+from d2_headadapt.adapt.layouts import HeadLayout
+from d2_headadapt.adapt.plan import AdaptPlan, TensorPlan
+from d2_headadapt.adapt.planner import plan_adaptation
+from d2_headadapt.errors import ClassTableError, PlanRefused
+
+CLS = HeadLayout("h.cls.weight", "thing", "h", "box", extra=1)
+BOX = HeadLayout("h.box.weight", "thing", "h", "box", rows_per_class=4)
+AGNOSTIC = HeadLayout("h.box.weight", "thing", "h", "box", axes=(), rows_per_class=4, by_choice=True)
+MASK = HeadLayout("h.mask.weight", "thing", "h", "mask")
+AGNOSTIC_MASK = HeadLayout("h.mask.weight", "thing", "h", "mask", axes=(), by_choice=True)
+NAMES = [f"c{i}" for i in range(80)]
+
+
+def table(*names: str) -> ClassTable:
+    return ClassTable(names, "a test")
+
+
+def make(
+    file: dict[str, tuple[int, ...]],
+    model: dict[str, tuple[int, ...]],
+    layouts: list[HeadLayout],
+    source: ClassTable | None,
+    target: ClassTable | None,
+    **kwargs: Any,
+) -> AdaptPlan:
+    return plan_adaptation(
+        file,
+        model,
+        layouts,
+        source_tables={"thing": source} if source else {},
+        target_tables={"thing": target} if target else {},
+        **kwargs,
+    )
+
+
+def by_name(plan: AdaptPlan) -> dict[str, TensorPlan]:
+    return {t.name: t for t in plan.tensors}
+
+
+def actions(plan: AdaptPlan) -> dict[str, str]:
+    return {t.name: t.action for t in plan.tensors}
+
+
+def test_unknown_classes_and_equal_shapes_are_copied_unverified() -> None:
+    plan = make({CLS.tensor: (4, 8)}, {CLS.tensor: (4, 8)}, [CLS], None, table("a", "b", "c"))
+    (t,) = plan.tensors
+    assert (t.action, t.verified) == ("copied", False)
+    assert "MODEL.HEAD_ADAPT.SOURCE_CLASSES verifies it" in t.reason
+
+
+def test_unknown_classes_and_one_other_shape_initialise_the_whole_group() -> None:
+    file = {CLS.tensor: (81, 8), AGNOSTIC.tensor: (4, 8), MASK.tensor: (3, 8, 1, 1)}
+    model = {CLS.tensor: (4, 8), AGNOSTIC.tensor: (4, 8), MASK.tensor: (3, 8, 1, 1)}
+    plan = make(file, model, [CLS, AGNOSTIC, MASK], None, table("a", "b", "c"))
+    assert set(actions(plan).values()) == {"initialised"}
+    assert "set MODEL.HEAD_ADAPT.SOURCE_CLASSES" in by_name(plan)[CLS.tensor].reason
+    assert "its head group changes whole or not at all" in by_name(plan)[MASK.tensor].reason
+    assert by_name(plan)[CLS.tensor].new == (0, 1, 2)
+
+
+def test_same_count_other_classes_is_remapped_by_name() -> None:
+    plan = make({CLS.tensor: (4, 8)}, {CLS.tensor: (4, 8)}, [CLS], table("a", "b", "c"), table("c", "x", "a"))
+    assert plan.tensors[0].carried == ((0, 2), (2, 0)) and plan.tensors[0].action == "carried"
+
+
+def test_identity_is_copied_and_verified() -> None:
+    same = table("a", "b", "c")
+    (t,) = make({CLS.tensor: (4, 8)}, {CLS.tensor: (4, 8)}, [CLS], same, same).tensors
+    assert (t.action, t.verified, t.background) == ("copied", True, True)
+
+
+def test_none_initialises_whatever_the_file_holds() -> None:
+    same = table("a", "b", "c")
+    plan = make({CLS.tensor: (4, 8)}, {CLS.tensor: (4, 8)}, [CLS], same, same, initialise=["thing"])
+    assert actions(plan) == {CLS.tensor: "initialised"} and plan.new_classes() == {"thing": ("a", "b", "c")}
+
+
+def test_a_part_that_the_file_lacks_leaves_the_other_parts_alone() -> None:
+    """A box detector's file in a mask model: boxes are carried, the mask predictor is new."""
+    plan = make(
+        {CLS.tensor: (4, 8), BOX.tensor: (12, 8)},
+        {CLS.tensor: (3, 8), BOX.tensor: (8, 8), MASK.tensor: (2, 8, 1, 1)},
+        [CLS, BOX, MASK],
+        table("a", "b", "c"),
+        table("c", "a"),
+    )
+    assert actions(plan) == {CLS.tensor: "carried", BOX.tensor: "carried", MASK.tensor: "initialised"}
+
+
+def test_a_part_that_the_file_has_half_of_initialises_the_whole_group() -> None:
+    """Half of a cascade is worse than none of it."""
+    stages = [replace(CLS, tensor=f"h.{i}.cls.weight") for i in range(3)]
+    model = {x.tensor: (3, 8) for x in stages}
+    file = {x.tensor: (4, 8) for x in stages[:2]}
+    plan = make(file, model, stages, table("a", "b", "c"), table("c", "a"))
+    assert set(actions(plan).values()) == {"initialised"}
+    assert by_name(plan)["h.2.cls.weight"].reason == "missing from the file, which has other tensors of this head"
+
+
+def test_another_input_width_initialises_the_whole_group() -> None:
+    plan = make(
+        {CLS.tensor: (4, 16), BOX.tensor: (12, 8)}, {CLS.tensor: (3, 8), BOX.tensor: (8, 8)}, [CLS, BOX],
+        table("a", "b", "c"), table("c", "a"),
+    )  # fmt: skip
+    assert set(actions(plan).values()) == {"initialised"}
+    assert "(4, 16) in the file, (3, 8) in the model" in by_name(plan)[CLS.tensor].reason
+
+
+def test_an_agnostic_regressor_is_copied_for_any_classes() -> None:
+    plan = make(
+        {CLS.tensor: (4, 8), AGNOSTIC.tensor: (4, 8)}, {CLS.tensor: (3, 8), AGNOSTIC.tensor: (4, 8)}, [CLS, AGNOSTIC],
+        table("a", "b", "c"), table("c", "a"),
+    )  # fmt: skip
+    assert actions(plan) == {CLS.tensor: "carried", AGNOSTIC.tensor: "copied"}
+
+
+def test_class_specific_in_the_file_and_agnostic_in_the_model_are_told_apart() -> None:
+    plan = make(
+        {CLS.tensor: (4, 8), AGNOSTIC.tensor: (12, 8)}, {CLS.tensor: (3, 8), AGNOSTIC.tensor: (4, 8)}, [CLS, AGNOSTIC],
+        table("a", "b", "c"), table("c", "a"),
+    )  # fmt: skip
+    assert set(actions(plan).values()) == {"initialised"}
+    assert "class-specific in the file, class-agnostic in the model" in by_name(plan)[AGNOSTIC.tensor].reason
+
+
+@pytest.mark.parametrize(("specific", "rows"), [(BOX, 4), (MASK, 1)])
+def test_one_class_and_agnostic_of_the_same_shape_are_told_apart_by_the_source_table(
+    specific: HeadLayout, rows: int
+) -> None:
+    """Eighty classes and one class's worth of rows: agnostic in the file, although the model's shape agrees."""
+    plan = make(
+        {CLS.tensor: (81, 8), specific.tensor: (rows, 8)}, {CLS.tensor: (2, 8), specific.tensor: (rows, 8)},
+        [CLS, specific], ClassTable(NAMES), table("c3"),
+    )  # fmt: skip
+    assert set(actions(plan).values()) == {"initialised"}
+    assert "class-agnostic in the file" in by_name(plan)[specific.tensor].reason
+
+
+@pytest.mark.parametrize(("specific", "agnostic"), [(BOX, AGNOSTIC), (MASK, AGNOSTIC_MASK)])
+def test_one_class_and_agnostic_of_the_same_shape_are_told_apart_by_provenance(
+    specific: HeadLayout, agnostic: HeadLayout
+) -> None:
+    rows = specific.rows_per_class
+    one, shapes = table("a"), {CLS.tensor: (2, 8), specific.tensor: (rows, 8)}
+    same = make(shapes, shapes, [CLS, specific], one, one, source_layouts=[CLS, specific])
+    assert actions(same)[specific.tensor] == "copied"
+    other = make(shapes, shapes, [CLS, specific], one, one, source_layouts=[CLS, agnostic])
+    assert set(actions(other).values()) == {"initialised"}
+    assert "class-agnostic in the file" in by_name(other)[specific.tensor].reason
+
+
+@pytest.mark.parametrize("agnostic", [AGNOSTIC, AGNOSTIC_MASK])
+def test_a_one_class_file_without_provenance_in_an_agnostic_model_is_refused(agnostic: HeadLayout) -> None:
+    rows = agnostic.rows_per_class
+    plan = make(
+        {CLS.tensor: (2, 8), agnostic.tensor: (rows, 8)}, {CLS.tensor: (3, 8), agnostic.tensor: (rows, 8)},
+        [CLS, agnostic], table("a"), table("a", "b"),
+    )  # fmt: skip
+    assert [t.name for t in plan.refused] == [agnostic.tensor]
+    assert "carried" not in actions(plan).values(), "the rest of the group must not be half loaded"
+    with pytest.raises(PlanRefused, match=r"the file knows one class \(a\)"):
+        plan.apply({}, {})
+
+
+def test_nine_anchors_of_one_class_and_three_of_three_are_told_apart() -> None:
+    scores = HeadLayout("r.cls_score.weight", "thing", "r", "head", groups=3)
+    boxes = HeadLayout("r.bbox_pred.weight", "thing", "r", "head", axes=(), rows_per_class=4, groups=3)
+    file = {scores.tensor: (9, 8, 3, 3), boxes.tensor: (36, 8, 3, 3)}
+    model = {scores.tensor: (9, 8, 3, 3), boxes.tensor: (12, 8, 3, 3)}
+    for source in (table("a"), None):
+        plan = make(file, model, [scores, boxes], source, table("a", "b", "c"))
+        assert set(actions(plan).values()) == {"initialised"}
+    assert (
+        "another number of anchors"
+        in by_name(make(file, model, [scores, boxes], table("a"), table("a", "b", "c")))[boxes.tensor].reason
+    )
+    # Provenance says so even where no box tensor stands beside the scores.
+    stored = [replace(scores, groups=9)]
+    alone = make({scores.tensor: (9, 8, 3, 3)}, {scores.tensor: (9, 8, 3, 3)}, [scores], table("a"),
+                 table("a", "b", "c"), source_layouts=stored)  # fmt: skip
+    assert actions(alone) == {scores.tensor: "initialised"}
+
+
+def test_a_source_list_of_the_wrong_length_is_refused_with_the_key() -> None:
+    plan = make({CLS.tensor: (366, 8)}, {CLS.tensor: (3, 8)}, [CLS], ClassTable(NAMES, "coco"), table("c1", "c2"))
+    assert [t.action for t in plan.tensors] == ["refused"]
+    assert "holds 365 classes" in plan.tensors[0].reason and "but coco names 80" in plan.tensors[0].reason
+
+
+def test_a_model_whose_shape_is_not_its_tables_is_refused() -> None:
+    plan = make({CLS.tensor: (4, 8)}, {CLS.tensor: (81, 8)}, [CLS], table("a", "b", "c"), table("a", "b"))
+    assert plan.refused and "set NUM_CLASSES to the table's length" in plan.tensors[0].reason
+
+
+def test_a_tensor_without_a_layout_is_copied_or_kept_never_half_loaded() -> None:
+    layouts = [CLS]
+    file = {CLS.tensor: (4, 8), "h.centres": (3, 8), "h.extra": (3, 5), "backbone.w": (2, 8)}
+    model = {CLS.tensor: (3, 8), "h.centres": (2, 8), "h.extra": (3, 5), "backbone.w": (2, 8)}
+    plan = by_name(make(file, model, layouts, table("a", "b", "c"), table("c", "a")))
+    assert plan["h.centres"].action == "kept" and "no layout says" in plan["h.centres"].reason
+    # Three rows are as many as two classes and background.
+    assert plan["h.extra"].action == "copied" and not plan["h.extra"].verified
+    assert plan["backbone.w"].action == "copied" and plan["backbone.w"].verified
+
+
+def test_rebuilt_tensors_are_never_taken_from_a_file() -> None:
+    fed = HeadLayout("h.fed_loss_cls_weights", "thing", "h", "fed", rebuilt=True)
+    same = table("a", "b", "c")
+    plan = by_name(make({CLS.tensor: (4, 8), fed.tensor: (3,)}, {CLS.tensor: (4, 8), fed.tensor: (3,)}, [CLS, fed],
+                        same, same))  # fmt: skip
+    assert plan[fed.tensor].action == "kept" and "rebuilt from the dataset" in plan[fed.tensor].reason
+    assert plan[CLS.tensor].action == "copied"
+
+
+def test_no_class_in_common_keeps_background_and_initialises_the_rest() -> None:
+    plan = by_name(make({CLS.tensor: (4, 8), BOX.tensor: (12, 8)}, {CLS.tensor: (3, 8), BOX.tensor: (8, 8)}, [CLS, BOX],
+                        table("a", "b", "c"), table("x", "y")))  # fmt: skip
+    assert (plan[CLS.tensor].action, plan[CLS.tensor].background) == ("carried", True)
+    assert plan[BOX.tensor].action == "initialised"
+
+
+def test_position_is_used_only_when_asked_for() -> None:
+    file, model = {CLS.tensor: (4, 8)}, {CLS.tensor: (3, 8)}
+    plan = make(file, model, [CLS], None, table("x", "y"), match="position")
+    assert plan.tensors[0].carried == ((0, 0), (1, 1))
+    assert make(file, model, [CLS], None, table("x", "y")).tensors[0].action == "initialised"
+
+
+def test_an_alias_goes_to_the_space_that_knows_it_and_to_no_space_is_an_error() -> None:
+    stuff = HeadLayout("s.predictor.weight", "stuff", "s")
+    tables = {"thing": table("car", "owl"), "stuff": table("road", "sky")}
+    new = {"thing": table("auto", "owl"), "stuff": table("street", "sky")}
+    shapes = {CLS.tensor: (3, 8), stuff.tensor: (2, 8)}
+    plan = plan_adaptation(shapes, shapes, [CLS, stuff], source_tables=tables, target_tables=new,
+                           aliases=["auto=car", "street=road"])  # fmt: skip
+    assert plan.new_classes() == {}
+    with pytest.raises(ClassTableError, match="'lorry=car'"):
+        plan_adaptation(shapes, shapes, [CLS, stuff], source_tables=tables, target_tables=new, aliases=["lorry=car"])
+
+
+def test_dropped_names_keep_their_reason() -> None:
+    plan = make({}, {"w": (2,)}, [], None, None, dropped={"cls_score.weight": "fits 3 places in the model: a, b, c"})
+    assert by_name(plan)["cls_score.weight"].reason.startswith("fits 3 places")
+    assert plan.loads_nothing

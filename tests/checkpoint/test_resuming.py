@@ -1,0 +1,205 @@
+"""Resume after the class list changed: 20 steps before, 20 after, and no moment of a carried class is lost."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.env import seed_all_rng
+from helpers.datasets import write_coco
+from helpers.files import logged, texts
+from helpers.models import state_of, tiny_cfg
+
+from d2_headadapt.adapt.plan import AdaptPlan
+from d2_headadapt.engine.train import Trainer
+from d2_headadapt.errors import ResumeError
+from d2_headadapt.setup.yaml import resolve_config
+
+OLD = ["cat", "dog", "cow", "pig"]
+NEW = ["pig", "owl", "cat"]
+CLS = "roi_heads.box_predictor.cls_score.weight"
+BOX = "roi_heads.box_predictor.bbox_pred.weight"
+
+
+def cfg_for(tmp_path: Path, classes: list[str], max_iter: int, optimizer: str = "SGD", **keys: Any) -> CfgNode:
+    name = "_".join(classes)
+    cfg = tiny_cfg(masks=False)
+    json_file = write_coco(tmp_path, classes, name=name, images=4)
+    cfg.DATASETS.REGISTER = [{"name": name, "json": str(json_file), "images": str(tmp_path / name)}]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), ()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, max_iter, ()
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS = 1e-4, 5
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1000
+    cfg.OUTPUT_DIR, cfg.SEED = str(tmp_path / "out"), 3
+    for key, value in keys.items():
+        cfg.MODEL.HEAD_ADAPT[key] = value
+    resolve_config(cfg)
+    return cfg
+
+
+class AdamTrainer(Trainer):
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        # Two groups, as people make them: heads and the rest.
+        heads = [p for n, p in model.named_parameters() if n.startswith("roi_heads") and p.requires_grad]
+        rest = [p for n, p in model.named_parameters() if not n.startswith("roi_heads") and p.requires_grad]
+        return torch.optim.AdamW([{"params": heads, "lr": 2e-4}, {"params": rest}], lr=1e-4)
+
+
+def train(kind: type[Trainer], cfg: CfgNode, resume: bool) -> Trainer:
+    seed_all_rng(11)  # Some networks that chance draws diverge within twenty steps.
+    trainer = kind(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(autouse=True)
+def writers_are_closed() -> Iterator[None]:
+    """A trainer that is not run to its end leaves metrics.json open, and a trainer is a cycle that only gc finds."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+def moments(trainer: Trainer, name: str) -> dict[str, torch.Tensor]:
+    state = trainer.optimizer.state[dict(trainer.checkpointer.model.named_parameters())[name]]
+    return {key: value.clone() for key, value in state.items() if torch.is_tensor(value) and value.dim()}
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(Trainer, 20), (AdamTrainer, 4)], ids=["SGD", "AdamW"])
+def test_steps_before_and_after_another_class_list(tmp_path: Path, kind: type[Trainer], steps: int) -> None:
+    before = train(kind, cfg_for(tmp_path, OLD, steps), resume=False)
+    saved = {name: moments(before, name) for name in (CLS, BOX)}
+    assert all(saved.values())
+
+    cfg = cfg_for(tmp_path, NEW, 2 * steps, RESUME="adapt")
+    after = kind(cfg)
+    after.resume_or_load(resume=True)
+    assert after.start_iter == steps
+    for name, per in ((CLS, 1), (BOX, 4)):
+        now = moments(after, name)
+        assert now.keys() == saved[name].keys()
+        for key, value in now.items():
+            for t, class_name in enumerate(NEW):
+                rows = value[t * per : (t + 1) * per]
+                if class_name in OLD:
+                    s = OLD.index(class_name)
+                    assert torch.equal(rows, saved[name][key][s * per : (s + 1) * per])
+                else:
+                    assert not rows.any()
+    weights = state_of(after.checkpointer.model)[CLS]
+    old_weights = state_of(before.checkpointer.model)[CLS]
+    assert torch.equal(weights[0], old_weights[3]) and torch.equal(weights[3], old_weights[4])
+    other = "proposal_generator.rpn_head.conv.weight"
+    for key, value in moments(before, other).items():
+        assert torch.equal(moments(after, other)[key], value)
+    after.train()
+    assert after.iter == 2 * steps and (tmp_path / "out" / "model_final.pth").is_file()
+    assert not torch.equal(state_of(after.checkpointer.model)[CLS], weights), "training went on"
+
+
+def test_a_resume_with_another_class_list_is_refused_by_default_and_changes_nothing(tmp_path: Path) -> None:
+    train(Trainer, cfg_for(tmp_path, OLD, 2), resume=False)
+    trainer = Trainer(cfg_for(tmp_path, NEW, 4))
+    kept = state_of(trainer.checkpointer.model)
+    with pytest.raises(ResumeError, match=r"Set MODEL.HEAD_ADAPT.RESUME adapt to go on") as caught:
+        trainer.resume_or_load(resume=True)
+    assert "2 of 3 thing classes carried" in str(caught.value), "the message says what adapt would do"
+    now = state_of(trainer.checkpointer.model)
+    assert all(torch.equal(now[name], kept[name]) for name in kept)
+    assert not trainer.optimizer.state
+
+
+def test_a_plain_resume_is_stocks(tmp_path: Path) -> None:
+    """The same list: every moment comes back, and the run ends where one uninterrupted run would count."""
+    before = train(Trainer, cfg_for(tmp_path, OLD, 3), resume=False)
+    after = Trainer(cfg_for(tmp_path, OLD, 6))
+    after.resume_or_load(resume=True)
+    assert after.start_iter == 3
+    for name in (CLS, BOX):
+        for key, value in moments(before, name).items():
+            assert torch.equal(moments(after, name)[key], value)
+
+
+def test_what_was_said_of_the_weights_is_not_about_the_runs_own_checkpoint(tmp_path: Path) -> None:
+    """SOURCE_CLASSES none forces new heads at the start; a resume must not do it again."""
+    before = train(Trainer, cfg_for(tmp_path, OLD, 2), resume=False)
+    after = Trainer(cfg_for(tmp_path, OLD, 4, SOURCE_CLASSES="none"))
+    after.resume_or_load(resume=True)
+    assert torch.equal(state_of(after.checkpointer.model)[CLS], state_of(before.checkpointer.model)[CLS])
+
+
+def test_frozen_layers_may_change_between_runs(tmp_path: Path) -> None:
+    """The optimizer's numbers move; the names in the file do not."""
+    before = train(Trainer, cfg_for(tmp_path, OLD, 2), resume=False)
+    after = Trainer(cfg_for(tmp_path, OLD, 4, FREEZE=["backbone.*"]))
+    assert len(list(after.optimizer.param_groups[0]["params"])) < len(list(before.optimizer.param_groups[0]["params"]))
+    after.resume_or_load(resume=True)
+    for key, value in moments(before, CLS).items():
+        assert torch.equal(moments(after, CLS)[key], value)
+    after.train()
+
+
+def test_nothing_left_to_train_and_shadowed_weights_are_said(tmp_path: Path) -> None:
+    first = train(Trainer, cfg_for(tmp_path, OLD, 2), resume=False)
+    cfg = cfg_for(tmp_path, OLD, 2).clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(tmp_path / "elsewhere.pth")
+    cfg.freeze()
+    trainer = Trainer(cfg)
+    with logged("d2_headadapt") as records:
+        trainer.resume_or_load(resume=True)
+    assert "Nothing is left to train: 2 of SOLVER.MAX_ITER 2 iterations are done." in texts(records)
+    assert "Set SOLVER.MAX_ITER higher." in texts(records)
+    assert f"MODEL.WEIGHTS {tmp_path / 'elsewhere.pth'} is not read" in texts(records)
+    assert [r.levelno for r in records if "Nothing is left" in r.getMessage()] == [logging.WARNING]
+    assert first.iter == 2
+
+
+def test_the_plan_is_beside_the_checkpoints_and_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(Trainer, cfg_for(tmp_path, OLD, 1), resume=False)
+    weights = tmp_path / "old.pth"
+    (tmp_path / "out" / "model_final.pth").rename(weights)
+    cfg = cfg_for(tmp_path, NEW, 1).clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(weights), str(tmp_path / "second")
+    cfg.freeze()
+    train(Trainer, cfg, resume=False)
+    plan = AdaptPlan.from_json((tmp_path / "second" / "head_adapt_plan.json").read_text())
+    assert plan.new_classes() == {"thing": ("owl",)}
+    texts_of = [EventAccumulator(str(path)).Reload() for path in (tmp_path / "second").glob("events.*")]
+    found = [e.Tensors(tag)[0] for e in texts_of for tag in e.Tags()["tensors"] if tag.startswith("head_adapt/plan")]
+    assert len(found) == 1 and b"owl" in found[0].tensor_proto.string_val[0]
+
+
+def test_a_failure_while_the_optimizer_is_loaded_leaves_model_and_optimizer_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(Trainer, cfg_for(tmp_path, OLD, 2), resume=False)
+    trainer = Trainer(cfg_for(tmp_path, OLD, 4))
+    kept = state_of(trainer.checkpointer.model)
+
+    def fail(state: Any, right: Any = trainer.optimizer.load_state_dict) -> None:
+        right(state)
+        if state["state"]:
+            raise KeyError("the disk is on fire")
+
+    monkeypatch.setattr(trainer.optimizer, "load_state_dict", fail)
+    with pytest.raises(KeyError, match="on fire"):
+        trainer.resume_or_load(resume=True)
+    now = state_of(trainer.checkpointer.model)
+    assert all(torch.equal(now[name], kept[name]) for name in kept)
+    assert not any(trainer.optimizer.state.values())
