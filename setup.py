@@ -45,5 +45,5 @@ setup(
             "types-tqdm",
         ],
     },
-    entry_points={"console_scripts": ["d2-headadapt = d2_headadapt.cli.parser:main"]},
+    entry_points={"console_scripts": ["d2-headadapt = d2_headadapt.cli:main"]},
 )

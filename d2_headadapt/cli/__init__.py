@@ -1,1 +1,3 @@
 """The command ``d2-headadapt``."""
+
+from .parser import main as main

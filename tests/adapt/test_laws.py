@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.layouts import KINDS, axis_labels
 from hypothesis import given
 from hypothesis import strategies as st
-from test_layouts import KINDS, axis_labels
 
 from d2_headadapt.adapt import plan as surgery
 from d2_headadapt.adapt.classes import ClassMap, ClassTable

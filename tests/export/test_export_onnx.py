@@ -17,7 +17,7 @@ from helpers.classifier import classifier
 from helpers.export import counting, image, keypoint_model, with_threshold
 from helpers.fit import tiny_model
 from helpers.models import model_of, names
-from test_text_predictor import ALL, text_model
+from helpers.text import ALL, text_model
 from torch import nn
 
 from d2_headadapt.adapt.classes import ClassTable

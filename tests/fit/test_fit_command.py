@@ -13,7 +13,7 @@ from helpers.commands import Ran, cli, fresh_loggers
 from helpers.datasets import write_coco
 from helpers.files import HEAD, content, save_stock
 from helpers.models import names, same_bits, state_of, stock_model, tiny_cfg
-from test_resuming import writers_are_closed
+from helpers.resume import writers_are_closed
 
 from d2_headadapt import ClassTable, HeadAdaptCheckpointer
 from d2_headadapt.checkpoint.provenance import KEY

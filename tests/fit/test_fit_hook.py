@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
 from helpers.models import state_of
-from test_resuming import CLS, NEW, OLD, cfg_for, train, writers_are_closed
+from helpers.resume import CLS, NEW, OLD, cfg_for, train, writers_are_closed
 
 from d2_headadapt.engine.train import Trainer
 from d2_headadapt.fit import hook as training

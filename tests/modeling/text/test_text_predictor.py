@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -18,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from helpers.files import HEAD
 from helpers.models import batch, build_seeded, detections, same_bits, state_of, stock_model, tiny_cfg, training_losses
 from helpers.real import fbnet_c4
+from helpers.text import ALL, OLD, WIDTH, rows_of, text_cfg, text_model
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -34,36 +33,8 @@ from d2_headadapt.errors import TextError
 from d2_headadapt.modeling.text.predictor import TextClassifier
 from d2_headadapt.setup.build import build_on_meta
 
-ALL = ["cat", "dog", "bus", "zebra", "cup"]
-OLD = ["cat", "dog", "bus"]
 NEW = ["zebra", "bus", "cat"]
-WIDTH = 40
 EMBEDDINGS = f"{HEAD}.cls_score.embeddings"
-
-
-def rows_of(classes: list[str], seed: int = 0) -> torch.Tensor:
-    every = torch.randn(len(ALL), WIDTH, generator=torch.Generator().manual_seed(seed))
-    return every[[ALL.index(name) for name in classes]]
-
-
-def text_cfg(path: Path, classes: list[str], kind: str = "standard", *, agnostic: bool = False, **text: Any) -> CfgNode:
-    """A detector of ``classes`` whose file has all five; ``seed`` chooses the file's values."""
-    seed = text.pop("seed", 0)
-    np.save(path / f"clip{seed}.npy", rows_of(ALL, seed).numpy())
-    cfg = tiny_cfg(kind, masks=False)
-    if kind != "cascade":
-        cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic
-    node = cfg.MODEL.HEAD_ADAPT
-    node.PREDICTOR = "HeadAdaptTextOutputLayers"
-    node.TARGET_CLASSES = list(classes)
-    node.TEXT.FILE, node.TEXT.NAMES = str(path / f"clip{seed}.npy"), list(ALL)
-    for key, value in text.items():
-        node.TEXT[key] = value
-    return cfg
-
-
-def text_model(path: Path, classes: list[str], *, model_seed: int = 0, **kinds: Any) -> nn.Module:
-    return build_seeded(text_cfg(path, classes, **kinds), model_seed)
 
 
 def load(model: nn.Module, file: str) -> HeadAdaptCheckpointer:
