@@ -17,7 +17,7 @@ from .task_spec import TaskSpec, task_specs
 logger = logging.getLogger(__name__)
 
 
-def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), registered_only: bool = False) -> None:
+def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), required: bool = False) -> None:
     """Make the labels of registered datasets indices of the classes that the model predicts.
 
     Datasets of ``DATASETS.REGISTER`` keep names in their files; from here on, loading one gives indices of the class
@@ -26,7 +26,7 @@ def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), registered_only: boo
     Args:
         cfg: its datasets are registered.
         also: datasets beside those of ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        registered_only: see :func:`d2_headadapt.data.task_spec.task_specs`.
+        required: see :func:`d2_headadapt.data.task_spec.task_specs`.
 
     Raises:
         ConfigError, ClassTableError: a task that cannot be used.
@@ -44,7 +44,7 @@ def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), registered_only: boo
     for node in bare.MODEL.get("TASKS", {}).values():
         if isinstance(node, CfgNode) and node.get("class_weights") == "balanced":
             node.class_weights = None
-    specs = {spec.name: spec for spec in task_specs(bare, registered_only=registered_only)}
+    specs = {spec.name: spec for spec in task_specs(bare, required=required)}
     for name in names:
         facts = task_facts(name)
         for task in facts:
@@ -94,8 +94,8 @@ def training_dicts(cfg: CfgNode, specs: Sequence[TaskSpec] | None = None) -> lis
     Raises:
         DatasetError: a task without any label, or see :func:`settle_tasks`.
     """
-    settle_tasks(cfg)
-    specs = task_specs(cfg) if specs is None else specs
+    settle_tasks(cfg, required=True)
+    specs = task_specs(cfg, required=True) if specs is None else specs
     on_images = [spec.name for spec in specs if spec.on == "image"]
     filters = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0

@@ -48,7 +48,7 @@ class TaskMapper(DatasetMapper):
         if cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier" and cfg.MODEL.CLASSIFIER.POOLING == "flatten":
             # Flattened features have one width, so images have one size, which detectron2 has no key for.
             found["augmentations"].append(T.Resize(tuple(cfg.MODEL.CLASSIFIER.INPUT_SIZE)))
-        return {**found, "tasks": task_specs(cfg, registered_only=not is_train)}
+        return {**found, "tasks": task_specs(cfg, required=is_train)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         mapped: dict[str, Any] = super().__call__(dataset_dict)
@@ -140,7 +140,7 @@ def build_task_test_loader(cfg: CfgNode, name: str, **kwargs: Any) -> Iterable[l
         name: a registered dataset.
         kwargs: others of ``build_detection_test_loader``, such as ``mapper`` or ``batch_size``.
     """
-    settle_tasks(cfg, also=[name], registered_only=True)
+    settle_tasks(cfg, also=[name])
     mapper = kwargs.pop("mapper", None) or TaskMapper(cfg, False)
     loader: Iterable[list[Mapping[str, Any]]] = build_detection_test_loader(cfg, name, mapper=mapper, **kwargs)
     return loader

@@ -52,7 +52,7 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         DatasetError: a dataset that shows no image, or whose labels do not fit its classes.
     """
     # Only from here on the labels of tasks are indices.
-    settle_tasks(cfg)
+    settle_tasks(cfg, required=True)
     try:
         dicts: list[dict[str, Any]] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
     except AssertionError as exc:

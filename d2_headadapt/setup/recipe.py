@@ -173,7 +173,7 @@ class LazyRecipe(Recipe):
     def with_tables(self, tables: Mapping[str, ClassTable]) -> LazyRecipe:
         cfg = self.config.clone()
         cfg.defrost()
-        made = prepare(self.lazy, reads_labels=False, registered_only=True, mirror=cfg, known=tables)
+        made = prepare(self.lazy, reads_labels=False, required=False, mirror=cfg, known=tables)
         return LazyRecipe(made.config, made.settings, made.lazy)
 
 
