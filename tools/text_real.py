@@ -37,8 +37,7 @@ from d2_headadapt.adapt.vocabularies import vocabulary
 from d2_headadapt.checkpoint.checkpointer import HeadAdaptCheckpointer
 from d2_headadapt.engine.train import Trainer
 from d2_headadapt.errors import HeadAdaptError, UsageError
-from d2_headadapt.fit import FitSettings, fit_new_rows
-from d2_headadapt.fit.hook import mapper_at_test_size, training_dicts
+from d2_headadapt.fit import FitSettings, fit_new_rows, mapper_at_test_size, training_dicts
 from d2_headadapt.modeling.text.bundle import read_bundle
 from d2_headadapt.modeling.text.nearest import plan_nearest
 from d2_headadapt.setup.yaml import load_config, resolve_config

@@ -120,6 +120,23 @@ def training_dicts(cfg: CfgNode, specs: Sequence[TaskSpec] | None = None) -> lis
     return dicts
 
 
+def every_training_dict(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Load the dataset dicts of ``DATASETS.TRAIN``, those of images without objects included; ids are contiguous.
+
+    Raises:
+        DatasetError: a dataset that shows no image, or whose labels do not fit its classes.
+    """
+    # Only from here on the labels of tasks are indices.
+    settle_tasks(cfg, required=True)
+    try:
+        dicts: list[dict[str, Any]] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+    except AssertionError as exc:
+        raise DatasetError(
+            "DATASETS.TRAIN", expected="datasets with images", found=str(exc), fix="Correct the dataset."
+        ) from exc
+    return dicts
+
+
 def _has_objects(one: Mapping[str, Any]) -> bool:
     return any(not annotation.get("iscrowd", 0) for annotation in one.get("annotations", ()))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ..data.task_datasets import every_training_dict as training_dicts
+from ..data.task_mapper import Mapper, mapper_at_test_size
 from .fit import fit_new_rows
-from .hook import FitHook, mapper_at_test_size, training_dicts
-from .images import Mapper
+from .hook import FitHook
 from .report import fit_json, fit_lines
 from .settings import FitReport, FitSettings, PartReport
 
