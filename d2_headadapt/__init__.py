@@ -11,6 +11,7 @@ if getattr(_util.find_spec("detectron2"), "origin", None) is None:
         "see https://detectron2.readthedocs.io/tutorials/install.html, or run tools/setup_env.sh of this project."
     )
 
+from .adapt.causes import Cause, Why
 from .adapt.classes import ClassMap, ClassTable
 from .adapt.layouts import HeadLayout
 from .adapt.matching import match_classes
@@ -35,6 +36,7 @@ __all__ = [
     "PREDICTOR_REGISTRY",
     "AdaptPlan",
     "AdaptSettings",
+    "Cause",
     "ClassMap",
     "ClassTable",
     "HeadAdaptCascadeROIHeads",
@@ -48,6 +50,7 @@ __all__ = [
     "MultiTaskClassifier",
     "TensorPlan",
     "Trainer",
+    "Why",
     "__version__",
     "adapt_state_dict",
     "add_headadapt_config",

@@ -7,6 +7,7 @@
     |-- DatasetError            a dataset is not registered, not readable, or disagrees with another
     |-- LayoutError             a declared layout does not describe the tensor it names
     |-- CheckpointFileError     a file cannot be read or written safely
+    |   `-- NotFetchedError     an address gives no file; the network may be what is missing
     |-- PlanRefused             nothing may be loaded: wrong architecture, damaged values, refused tensors
     |-- ResumeError             a run cannot be continued from this file
     |-- ExportError             a model has no such form, or its exported form gives other numbers
@@ -78,6 +79,10 @@ class LayoutError(HeadAdaptError):
 
 
 class CheckpointFileError(HeadAdaptError):
+    pass
+
+
+class NotFetchedError(CheckpointFileError):
     pass
 
 
