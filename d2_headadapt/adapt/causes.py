@@ -15,7 +15,13 @@ Shape = tuple[int, ...]
 
 
 class Cause(str, Enum):
-    """Why a tensor is taken, left or refused; the value stands in a plan's JSON."""
+    """Why a tensor is taken, left or refused; the value stands in a plan's JSON.
+
+    Example:
+        >>> from d2_headadapt import Cause
+        >>> Cause("rebuilt").meant, Cause.EXCLUDED.by_user
+        (True, True)
+    """
 
     # The file's values are used.
     SAME_SHAPE = "same_shape"
@@ -111,6 +117,12 @@ class Why:
         count: classes that a shape holds, places, or rows.
         names: one class, or places in the model.
         text: of a plan that states no cause.
+
+    Example:
+        >>> from d2_headadapt import Cause, TensorPlan, Why
+        >>> why = Why(Cause.OTHER_SHAPE, source_shape=(4, 16), target_shape=(3, 8))
+        >>> TensorPlan("cls_score.weight", "initialised", why=why).reason
+        '(4, 16) in the file, (3, 8) in the model'
     """
 
     cause: Cause = Cause.UNSTATED
