@@ -34,7 +34,7 @@ from .load import (
     refuse_plan,
     settle_checkpoint,
 )
-from .optimizer import adapt_averages, adapt_resume, find_optimizer
+from .optimizer import adapt_averages, adapt_resume, find_optimizer, refuse_other_types
 from .provenance import KEY, Provenance, optimizer_names
 from .ranks import agree, compare, everywhere, readable_everywhere, share_new_rows
 from .untrained import OPEN_ROWS, open_rows, projections, unchanged_classes, untrained_classes
@@ -253,6 +253,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         refuse_other_text(self.model, plan, settled.tensors, known.extra.get(FACTS), self._origin)
         resumed = {key: checkpoint[key] for key in sorted(self._resumes & checkpoint.keys())}
         if resumed:
+            refuse_other_types(resumed, self.checkpointables, self._origin)
             if settings.verify_file:
                 verify_tensors(path, resumed)
             # An optimizer keeps the tensors it is given, and these are views of a file that may change under it.
