@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ClassTableError
+from ..key import HEAD_ADAPT, TASKS, Key
 from .classes import KEY_SUFFIXES, ClassMap, ClassTable
 from .layouts import HeadLayout
 from .matching import match_classes, parse_aliases
@@ -16,16 +17,18 @@ from .plan import AdaptPlan, Shape, TensorPlan, carried_or_copied
 from .vocabularies import reviewed_pairs, synonyms_of
 
 
-def source_key(space: str) -> str:
+def source_key(space: str) -> Key:
     """The config key that names the source classes of a label space."""
     if space not in KEY_SUFFIXES:
-        return f"MODEL.TASKS.{space}.source_classes"
-    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{KEY_SUFFIXES[space]}"
+        return TASKS[space].source_classes
+    return HEAD_ADAPT[f"SOURCE_CLASSES{KEY_SUFFIXES[space]}"]
 
 
-def target_key(space: str) -> str:
+def target_key(space: str) -> Key:
     """The config key that names the target classes of a label space."""
-    return source_key(space).replace("SOURCE_CLASSES", "TARGET_CLASSES").replace(".source_classes", ".classes")
+    if space not in KEY_SUFFIXES:
+        return TASKS[space].classes
+    return HEAD_ADAPT[f"TARGET_CLASSES{KEY_SUFFIXES[space]}"]
 
 
 @dataclass
@@ -143,7 +146,7 @@ class HeadGroup:
         return {part for part, found in parts.items() if not any(found)}
 
     def _forced(self, members: Sequence[HeadLayout]) -> _Misfit:
-        return _Misfit(members[0].tensor, f"{source_key(members[0].space)} is 'none'")
+        return _Misfit(members[0].tensor, f"{source_key(members[0].space)!s} is 'none'")
 
     def _misfit(self, members: Sequence[HeadLayout]) -> _Misfit | None:
         """The first thing that keeps the group from being taken; differences of kind come before counts."""
@@ -204,7 +207,7 @@ class HeadGroup:
         return _Misfit(
             m.tensor,
             f"{in_file} in the file holds {holds} ({m.describe()}), but {source.origin} names {len(source)}: "
-            f"correct {source_key(m.space)}",
+            f"correct {source_key(m.space)!s}",
             refused=True,
         )
 
@@ -214,7 +217,7 @@ class HeadGroup:
         side = "the file" if m.space not in self.sources else "the model"
         key = target_key(m.space) if m.space in self.sources else source_key(m.space)
         return _Misfit(
-            m.tensor, f"{in_file} in the file, {in_model} in the model; the classes of {side} are unknown: set {key}"
+            m.tensor, f"{in_file} in the file, {in_model} in the model; the classes of {side} are unknown: set {key!s}"
         )
 
     def _take(self, m: HeadLayout) -> TensorPlan:
@@ -224,7 +227,7 @@ class HeadGroup:
             return self._entry(m, "kept", verified=True, reason="the text file's embeddings stay (TEXT.PRECEDENCE)")
         if found is None:
             key = target_key(m.space) if m.space in self.sources else source_key(m.space)
-            reason = f"unverified: shapes agree, but the classes are unknown; {key} verifies it"
+            reason = f"unverified: shapes agree, but the classes are unknown; {key!s} verifies it"
             return TensorPlan(
                 m.tensor,
                 "copied",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from ..key import HEAD_ADAPT
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
 from .planner import source_key, target_key
@@ -182,14 +183,14 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
         ("the model", target_key(t.space), plan.target, t.target_shape),
     )
     for side, key, table, other in sides:
-        if re.search(rf"\b{re.escape(key)}(?!_)", t.reason) and "is 'none'" not in t.reason:
+        if re.search(rf"\b{re.escape(str(key))}(?!_)", t.reason) and "is 'none'" not in t.reason:
             layout = next((x for x in plan.layouts if x.tensor == t.name and x.axes), None)
             count = layout.num_classes(other) if layout is not None and other is not None else None
             holds = f"; the shapes of {side} hold {count}" if count else ""
             verb = "corrected " if t.space in table else ""
-            return f"{key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
+            return str(key.set("names.txt")), f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
     if t.action == "refused" and "exclude it" in t.reason:
-        return f"MODEL.HEAD_ADAPT.EXCLUDE \"['{t.name}']\"", "or build the model class-specific"
+        return str(HEAD_ADAPT.EXCLUDE.set([t.name])), "or build the model class-specific"
     return "", ""
 
 

@@ -23,6 +23,7 @@ from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
+from ..key import OUTPUT_DIR
 from ..modeling.text.nearest import NearestRows, plan_nearest
 from ..modeling.text.predictor import FACTS, refuse_other_text, text_facts
 from .load import (
@@ -153,7 +154,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 os.path.join(self.save_dir, "last_checkpoint"),
                 expected="a run to go on with on every rank, or on none",
                 found=f"none on rank {ranks}",
-                fix="Copy last_checkpoint and the file that it names to every machine, or use a shared OUTPUT_DIR.",
+                fix=f"Copy last_checkpoint and the file that it names to every machine, or use a shared {OUTPUT_DIR}.",
             )
         return dict(super().resume_or_load(path, resume=resume))
 

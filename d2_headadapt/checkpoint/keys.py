@@ -19,6 +19,7 @@ from torch import nn
 
 from ..adapt.classes import did_you_mean
 from ..errors import ConfigError
+from ..key import HEAD_ADAPT, Key
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def longest_suffix(name: str, candidates: Mapping[str, object]) -> str | None:
 T = TypeVar("T")
 
 
-def rename(tensors: Mapping[str, T], rules: Sequence[str], key: str = "MODEL.HEAD_ADAPT.RENAME") -> dict[str, T]:
+def rename(tensors: Mapping[str, T], rules: Sequence[str], key: Key = HEAD_ADAPT.RENAME) -> dict[str, T]:
     """Apply ``"regex=replacement"`` rules to the names, one after the other, as ``re.sub`` does.
 
     Args:
@@ -148,7 +149,7 @@ def rename(tensors: Mapping[str, T], rules: Sequence[str], key: str = "MODEL.HEA
     return named
 
 
-def matched(names: Iterable[str], patterns: Sequence[str], key: str) -> set[str]:
+def matched(names: Iterable[str], patterns: Sequence[str], key: Key) -> set[str]:
     """The ``names`` that any of the glob ``patterns`` matches.
 
     Raises:
@@ -169,10 +170,10 @@ def left_out(names: Iterable[str], include: Sequence[str], exclude: Sequence[str
     names = list(names)
     out: dict[str, str] = {}
     if include:
-        taken = matched(names, include, "MODEL.HEAD_ADAPT.INCLUDE")
-        out.update({name: "MODEL.HEAD_ADAPT.INCLUDE does not name it" for name in names if name not in taken})
-    for name in matched(names, exclude, "MODEL.HEAD_ADAPT.EXCLUDE"):
-        out[name] = "MODEL.HEAD_ADAPT.EXCLUDE names it"
+        taken = matched(names, include, HEAD_ADAPT.INCLUDE)
+        out.update({name: f"{HEAD_ADAPT.INCLUDE!s} does not name it" for name in names if name not in taken})
+    for name in matched(names, exclude, HEAD_ADAPT.EXCLUDE):
+        out[name] = f"{HEAD_ADAPT.EXCLUDE!s} names it"
     return out
 
 
@@ -189,7 +190,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ConfigError: a pattern that matches no parameter.
     """
     parameters = dict(model.named_parameters())
-    frozen = matched(parameters, patterns, "MODEL.HEAD_ADAPT.FREEZE") if patterns else set()
+    frozen = matched(parameters, patterns, HEAD_ADAPT.FREEZE) if patterns else set()
     for name in frozen:
         parameters[name].requires_grad_(False)
     for path, module in list(model.named_modules()):

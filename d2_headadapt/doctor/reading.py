@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..data.task_spec import checked_task
 from .coco_json import Labels, labels_of_dicts, read_coco
-from .finding import DoctorContext, Finding, PartMissing
+from .finding import DoctorContext, Finding, PartMissing, finding_of
 
 WITHOUT_BOXES = ("SemanticSegmentor", "PanopticDeepLab", "MultiTaskClassifier")
 """Meta-architectures that read no boxes."""
@@ -115,5 +115,5 @@ def unreadable(context: DoctorContext, code: str, name: str) -> Finding | None:
     try:
         labels_of(context, name)
     except PartMissing as missing:
-        return Finding.of(code, missing.cause or missing, where=f"dataset {name!r}")
+        return finding_of(code, missing.cause or missing, where=f"dataset {name!r}")
     return None

@@ -18,6 +18,7 @@ from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..data.task_datasets import settle_tasks
 from ..data.task_mapper import TaskMapper
 from ..errors import DatasetError
+from ..key import DATASETS
 from .fit import fit_new_rows
 from .images import FeatureCache, Mapper
 from .lookahead import EVERY, CalmSettings, Lookahead, forget_momentum
@@ -57,7 +58,7 @@ def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
         dicts: list[dict[str, Any]] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
     except AssertionError as exc:
         raise DatasetError(
-            "DATASETS.TRAIN", expected="datasets with images", found=str(exc), fix="Correct the dataset."
+            DATASETS.TRAIN, expected="datasets with images", found=str(exc), fix="Correct the dataset."
         ) from exc
     return dicts
 

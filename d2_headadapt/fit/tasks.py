@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.task_labels import MISSING
+from ..key import MODEL
 from ..modeling.task_boxes import has_tasks
 from ..modeling.task_dry_run import padded_size
 from ..modeling.task_heads import TaskHead, TaskHeads
@@ -76,7 +77,7 @@ def fit_tasks(
         tensor = f"{part.name}.predictor.weight"
         problem = None if "task" in settings.parts else "FIT.PARTS leaves it out"
         if part.width > WIDEST:
-            problem = f"{part.width} features are too many to solve; MODEL.CLASSIFIER.POOLING avg has fewer"
+            problem = f"{part.width} features are too many to solve; {MODEL.CLASSIFIER.POOLING.set('avg')!s} has fewer"
         if not writer.new(tensor):
             continue
         if problem is None:

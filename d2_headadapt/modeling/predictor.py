@@ -24,6 +24,7 @@ from ..adapt.layouts import HeadLayout
 from ..adapt.registry import ModuleContext
 from ..data.task_spec import TaskSpec
 from ..errors import ClassTableError, ConfigError
+from ..key import HEAD_ADAPT
 from .task_boxes import Predictions, features_of, log_accuracies, task_labels
 from .task_heads import TaskHeads
 
@@ -234,7 +235,7 @@ def replace_predictor(
     if name not in PREDICTOR_REGISTRY:
         known = [entry for entry, _ in PREDICTOR_REGISTRY]
         raise ConfigError(
-            "MODEL.HEAD_ADAPT.PREDICTOR",
+            HEAD_ADAPT.PREDICTOR,
             expected=f"one of {', '.join(known)}",
             found=repr(name),
             fix=f"Register it, or correct the name.{did_you_mean(name, known)}",

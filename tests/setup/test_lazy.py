@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from d2_headadapt.setup.lazy.words import MIRRORED, fix_in_lazy_words, in_lazy_words
 from detectron2 import model_zoo
 from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -39,7 +40,6 @@ from d2_headadapt.files import read_checkpoint
 from d2_headadapt.setup.lazy import load, prepare
 from d2_headadapt.setup.lazy.counts import class_counts
 from d2_headadapt.setup.lazy.mirror import mirror_of
-from d2_headadapt.setup.lazy.words import MIRRORED, fix_in_lazy_words, in_lazy_words
 from d2_headadapt.setup.yaml import all_keys
 
 ZOO = Path(model_zoo.__file__).parent / "configs"

@@ -92,7 +92,7 @@ def prepare(
     # From here on nothing fails.
     for line in write_counts(lazy.model, settings.target):
         logger.info(line)
-    cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE, "train.device")
+    cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE)
     if select(lazy, "train.device") is not None:
         lazy.train.device = cfg.MODEL.DEVICE
     for node, target, arguments in given:
