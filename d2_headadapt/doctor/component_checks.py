@@ -19,17 +19,16 @@ from detectron2.modeling import (
     StandardROIHeads,
 )
 
-from ..adapt.classes import did_you_mean
-from ..errors import ConfigError
+from ..config.registries import not_registered
 from ..key import MODEL, Key
-from .config_checks import DETECTION
+from ..setup.task_checks import WITH_ROI_HEADS
 from .finding import DoctorContext, Finding, check, is_stock
 
 COMPONENTS: tuple[tuple[Key, Any, tuple[str, ...]], ...] = (
     (MODEL.BACKBONE.NAME, BACKBONE_REGISTRY, ()),
-    (MODEL.PROPOSAL_GENERATOR.NAME, PROPOSAL_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork")),
-    (MODEL.ANCHOR_GENERATOR.NAME, ANCHOR_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork", "RetinaNet")),
-    (MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY, DETECTION),
+    (MODEL.PROPOSAL_GENERATOR.NAME, PROPOSAL_GENERATOR_REGISTRY, (*WITH_ROI_HEADS, "ProposalNetwork")),
+    (MODEL.ANCHOR_GENERATOR.NAME, ANCHOR_GENERATOR_REGISTRY, (*WITH_ROI_HEADS, "ProposalNetwork", "RetinaNet")),
+    (MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY, WITH_ROI_HEADS),
     (MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS_REGISTRY, ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")),
 )
 HEADS: tuple[tuple[Key, Any, Key | None], ...] = (
@@ -56,7 +55,7 @@ def components(context: DoctorContext) -> Iterator[Finding]:
         if architecture in readers or not readers:
             yield from _unregistered(cfg, key, registry)
     heads = cfg.MODEL.ROI_HEADS.NAME
-    if architecture not in DETECTION or heads not in ROI_HEADS_REGISTRY:
+    if architecture not in WITH_ROI_HEADS or heads not in ROI_HEADS_REGISTRY:
         return
     found = ROI_HEADS_REGISTRY.get(heads)
     if found.__module__.partition(".")[0] in ("detectron2", __name__.partition(".")[0]):
@@ -69,15 +68,4 @@ def _unregistered(cfg: CfgNode, key: Key, registry: Any) -> Iterator[Finding]:
     name = key.of(cfg)
     # detectron2's builder knows one name that stands for none.
     if name not in registry and (key, name) != (MODEL.PROPOSAL_GENERATOR.NAME, "PrecomputedProposals"):
-        known = [entry for entry, _ in registry]
-        yield Finding(
-            "HA128",
-            "error",
-            ConfigError(
-                key,
-                found=f"{name!r}, which nobody registered",
-                expected=f"a component of the registry {registry._name}: "
-                f"{', '.join(known[:6])}{', ...' if len(known) > 6 else ''}",
-                fix=f"Correct it, or name the module that registers it with --import.{did_you_mean(str(name), known)}",
-            ),
-        )
+        yield Finding("HA128", "error", not_registered(registry, key, name))

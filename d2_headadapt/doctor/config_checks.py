@@ -14,20 +14,19 @@ from ..config.settings import NUM_CLASSES_KEYS
 from ..data.datasets import check_same_classes, dataset_table
 from ..errors import ConfigError, DatasetError, HeadAdaptError
 from ..key import DATASETS, HEAD_ADAPT, MODEL, Key
-from ..setup.task_checks import check_tasks
+from ..setup.task_checks import WITH_ROI_HEADS, check_tasks
 from ..setup.yaml import all_keys
 from .finding import DoctorContext, Finding, Severity, check, finding_of, is_stock
 
-DETECTION = ("GeneralizedRCNN", "PanopticFPN")
 SEGMENTATION = ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")
 READERS = {
-    MODEL.ROI_HEADS: DETECTION,
-    MODEL.ROI_BOX_HEAD: DETECTION,
-    MODEL.ROI_BOX_CASCADE_HEAD: DETECTION,
-    MODEL.ROI_MASK_HEAD: DETECTION,
-    MODEL.ROI_KEYPOINT_HEAD: DETECTION,
-    MODEL.MASK_ON: DETECTION,
-    MODEL.KEYPOINT_ON: DETECTION,
+    MODEL.ROI_HEADS: WITH_ROI_HEADS,
+    MODEL.ROI_BOX_HEAD: WITH_ROI_HEADS,
+    MODEL.ROI_BOX_CASCADE_HEAD: WITH_ROI_HEADS,
+    MODEL.ROI_MASK_HEAD: WITH_ROI_HEADS,
+    MODEL.ROI_KEYPOINT_HEAD: WITH_ROI_HEADS,
+    MODEL.MASK_ON: WITH_ROI_HEADS,
+    MODEL.KEYPOINT_ON: WITH_ROI_HEADS,
     MODEL.RETINANET: ("RetinaNet",),
     MODEL.SEM_SEG_HEAD: SEGMENTATION,
     MODEL.PANOPTIC_FPN: ("PanopticFPN",),
@@ -176,7 +175,7 @@ def read_keys(context: DoctorContext) -> Iterator[Finding]:
             )
     heads = cfg.MODEL.ROI_HEADS.NAME
     node, kept = cfg.MODEL.get("HEAD_ADAPT", {}), stock.MODEL.HEAD_ADAPT
-    reads = architecture in DETECTION and not is_stock(ROI_HEADS_REGISTRY, heads)
+    reads = architecture in WITH_ROI_HEADS and not is_stock(ROI_HEADS_REGISTRY, heads)
     if node.get("PREDICTOR", kept.PREDICTOR) != kept.PREDICTOR and not reads:
         yield Finding(
             "HA107",
@@ -282,7 +281,7 @@ def _all_registered(cfg: CfgNode) -> bool:
 
 def _rewrites_counts(cfg: CfgNode) -> bool:
     """Whether the heads settle the counts on a config of their own; theirs are classes outside detectron2."""
-    return cfg.MODEL.META_ARCHITECTURE in DETECTION and not is_stock(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
+    return cfg.MODEL.META_ARCHITECTURE in WITH_ROI_HEADS and not is_stock(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
 
 
 def _kind(value: Any) -> str | None:

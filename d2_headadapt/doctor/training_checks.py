@@ -19,7 +19,7 @@ from ..adapt.classes import did_you_mean
 from ..errors import ConfigError
 from ..key import DATASETS, INPUT, MODEL, SOLVER, TEST, Words
 from ..setup.lazy.tree import select, target_of
-from .config_checks import DETECTION
+from ..setup.task_checks import WITH_ROI_HEADS
 from .finding import DoctorContext, Finding, PartMissing, Severity, check
 
 RATE_PER_IMAGE = 0.02 / 16
@@ -169,7 +169,7 @@ def evaluation(context: DoctorContext) -> Iterator[Finding]:
 def keypoints(context: DoctorContext) -> Iterator[Finding]:
     """What no json is needed for: HA217 looks at the keypoints that datasets declare."""
     cfg = context.cfg
-    if not cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE not in DETECTION:
+    if not cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE not in WITH_ROI_HEADS:
         return
     count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
     if context.tables.get("keypoint") is None and cfg.DATASETS.TEST and count != (len(sigmas) or OKS_SIGMAS):

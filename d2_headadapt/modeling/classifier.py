@@ -25,6 +25,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ..adapt.classes import did_you_mean
+from ..config.registries import registered
 from ..config.settings import AdaptSettings, attach_settings
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import ConfigError, DatasetError
@@ -361,13 +362,5 @@ def build_pooling(cfg: CfgNode, shape: ShapeSpec) -> nn.Module:
         ConfigError: no step of that name.
     """
     name = cfg.MODEL.CLASSIFIER.POOLING
-    if name not in POOLING_REGISTRY:
-        known = [entry for entry, _ in POOLING_REGISTRY]
-        raise ConfigError(
-            MODEL.CLASSIFIER.POOLING,
-            expected=f"one of {', '.join(known)}",
-            found=repr(name),
-            fix=f"Correct the key, or register your own step.{did_you_mean(name, known)}",
-        )
-    step: nn.Module = POOLING_REGISTRY.get(name)(cfg, shape)
+    step: nn.Module = registered(POOLING_REGISTRY, MODEL.CLASSIFIER.POOLING, name)(cfg, shape)
     return step

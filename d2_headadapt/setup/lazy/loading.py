@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...data.entry import absolute_entries
 from ...errors import ConfigError, HeadAdaptError, UsageError
-from ...key import Key, form_of, speaking
+from ...key import Form, Key, form_of, speaking
 from ..components import import_components
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ NODE = "head_adapt"
 """The node of a LazyConfig that holds this package's keys."""
 
 
+@speaking(Form.LAZY)
 def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> DictConfig:
     """Read a LazyConfig with its overrides; nothing is resolved or instantiated.
 

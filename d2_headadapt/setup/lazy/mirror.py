@@ -17,7 +17,7 @@ from ...config.keys import add_headadapt_config
 from ...config.settings import NUM_CLASSES_KEYS
 from ...data.task_spec import checked_task, complete_tasks
 from ...errors import ConfigError
-from ...key import DATASETS, MIRRORED, TASKS, Key
+from ...key import DATASETS, MIRRORED, TASKS, Form, Key, speaking
 from ...modeling.predictor import PREDICTOR_REGISTRY
 from ..yaml import merge
 from .counts import class_counts
@@ -28,6 +28,7 @@ BESIDE: Mapping[str, Key] = {"register": DATASETS.REGISTER, "tasks": TASKS}
 """Keys of the node whose yaml keys are not under ``MODEL.HEAD_ADAPT``."""
 
 
+@speaking(Form.LAZY)
 def mirror_of(lazy: DictConfig) -> CfgNode:
     """The yaml config that ``lazy`` amounts to; not frozen, and nothing in it is resolved.
 
