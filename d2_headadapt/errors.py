@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .key import Either, Form, Words, form_in_use, shown
+from .key import Either, Form, Words, form_in_use, shown, speaking
 
 Severity = Literal["error", "warning", "note"]
 
@@ -50,7 +50,7 @@ class HeadAdaptError(ValueError):
         self._said = (f"{where}", f"{expected}", f"{found}", f"{fix}")
         self.form = form_in_use()
         """The config form that the message names keys in: that of the command which met the mistake."""
-        super().__init__(*self._said)
+        super().__init__(f"{self.where}: expected {self.expected}, found {self.found}. {self.fix}")
 
     @property
     def where(self) -> str:
@@ -68,9 +68,6 @@ class HeadAdaptError(ValueError):
     def fix(self) -> str:
         return shown(self._said[3], self.form)
 
-    def __str__(self) -> str:
-        return f"{self.where}: expected {self.expected}, found {self.found}. {self.fix}"
-
     def is_at(self, *keys: Either) -> bool:
         """Whether one of some config keys, or an entry of it, is what is wrong."""
         return shown(self._said[0], Form.YAML).startswith(tuple(key.yaml for key in keys))
@@ -81,9 +78,8 @@ class HeadAdaptError(ValueError):
 
 
 def _rebuild(cls: type[HeadAdaptError], where: str, expected: str, found: str, fix: str, form: Form) -> HeadAdaptError:
-    error = cls(where, expected=expected, found=found, fix=fix)
-    error.form = form
-    return error
+    with speaking(form):
+        return cls(where, expected=expected, found=found, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -116,6 +112,9 @@ class Finding:
     @property
     def fix(self) -> str:
         return self.error.fix
+
+    def __str__(self) -> str:
+        return f"{self.severity} {self.code}: {self.error}"
 
     def to_json(self) -> dict[str, str]:
         """Plain types: ``code``, ``severity``, ``where``, ``found``, ``expected`` and ``fix``."""

@@ -242,7 +242,7 @@ def pairs(value: Mapping[str, object], name: str = "") -> Either:
 def _flow(value: object) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, list):
         return f"[{', '.join(map(_flow, value))}]"
     return str(value) if not isinstance(value, bool) else str(value).lower()
 

@@ -122,7 +122,7 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     Raises:
         ConfigError: where the entry, a key or a value cannot be used.
     """
-    place = TASKS[name]
+    place = TASKS[str(name)]
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name in SPACES:
         raise ConfigError(
             place,
@@ -142,7 +142,7 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     for key in values:
         if key not in DEFAULTS:
             raise ConfigError(
-                place[key],
+                place[str(key)],
                 expected=f"one of {', '.join(DEFAULTS)}",
                 found=repr(key),
                 fix=f"Remove or rename it.{did_you_mean(str(key), DEFAULTS)}",
