@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from ..errors import Finding, PlanRefused, Severity
 from ..key import HEAD_ADAPT
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
@@ -20,24 +21,36 @@ _ALIAS_MOST = 12
 
 
 @dataclass(frozen=True)
-class Notice:
+class Notice(Finding):
     """Something of a plan that a user should look at before anything runs.
 
+    Its code is ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh);
+    ``where`` says what happens, in one sentence without a full stop, and ``found`` is the plan's reason.
+
     Args:
-        level: ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh).
-        what: what happens, in one sentence without a full stop.
-        why: the plan's reason.
-        type_this: what to type about it; empty where there is nothing to type.
+        type_this: what to type about it, by itself; empty where there is nothing to type.
         hint: what to put into it.
         tensors: the tensors that it is about.
     """
 
-    level: str
-    what: str
-    why: str
     type_this: str
     hint: str
     tensors: tuple[str, ...]
+
+
+_KINDS: Mapping[str, tuple[Severity, str]] = {
+    "refused": ("error", "tensors that fit the model, class by class"),
+    "unverified": ("warning", "a head whose classes are known on both sides"),
+    "initialised": ("note", "the head in the file, with classes that are known on both sides"),
+}
+"""Code of a notice -> its severity, and what would have been carried."""
+
+
+def _notice(code: str, what: str, why: str, type_this: str, hint: str, tensors: tuple[str, ...]) -> Notice:
+    severity, expected = _KINDS[code]
+    fix = f"Type: {type_this}{f' ({hint})' if hint else ''}." if type_this else "There is nothing to type."
+    error = PlanRefused(what, expected=expected, found=why, fix=fix)
+    return Notice(code, severity, error, type_this, hint, tensors)
 
 
 def summary_line(plan: AdaptPlan) -> str:
@@ -80,7 +93,7 @@ def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = T
         text += [f"{counted} {action}{reason}: {names}" for action, reason, counted, names in _rest(plan)]
     text += [f"{title}: {names}" for space in plan_spaces(plan) for title, names in _class_lines(plan, space)]
     for number, notice in enumerate(notices, 1):
-        text.append(f"note {number}, {notice.level}: {notice.what}: {notice.why}.")
+        text.append(f"note {number}, {notice.code}: {notice.where}: {notice.found}.")
         if notice.type_this:
             text.append(f"    type: {notice.type_this}" + (f"    ({notice.hint})" if notice.hint else ""))
     if summary:
@@ -93,7 +106,7 @@ def plan_markdown(plan: AdaptPlan) -> str:
     notices = plan_notices(plan)
     parts = [f"**{_markdown(summary_line(plan))}**"]
     for number, notice in enumerate(notices, 1):
-        line = f"> **note {number}, {notice.level}:** {_markdown(notice.what)}: {_markdown(notice.why)}."
+        line = f"> **note {number}, {notice.code}:** {_markdown(notice.where)}: {_markdown(notice.found)}."
         parts.append(line + (f" Type {_code(notice.type_this)}" if notice.type_this else ""))
     classes = [line for space in plan_spaces(plan) for line in _class_lines(plan, space)]
     if classes:
@@ -120,18 +133,20 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
             other.name for other in plan.tensors if other.reason == f"its head group is refused at {t.name}"
         )
         what = f"{t.name} is refused, so nothing is loaded"
-        notices.append(Notice("refused", what, t.reason, *_command(t, plan), (t.name, *stopped)))
+        notices.append(_notice("refused", what, t.reason, *_command(t, plan), (t.name, *stopped)))
     if plan.loads_nothing and not notices:
         why = "the model finds none of its tensors in it"
-        notices.append(Notice("refused", "the file gives this model nothing", why, "", "", ()))
+        notices.append(_notice("refused", "the file gives this model nothing", why, "", "", ()))
     by_shape = [t for t in plan.by_action("copied") if not t.verified]
     for (group, _), tensors in _grouped(by_shape).items():
         what = f"{_count(len(tensors), 'tensor')} {f'of {group} ' if group else ''}copied by shape alone"
         why = tensors[0].reason.removeprefix("unverified: ")
-        notices.append(Notice("unverified", what, why, *_command(tensors[0], plan), tuple(t.name for t in tensors)))
+        notices.append(_notice("unverified", what, why, *_command(tensors[0], plan), tuple(t.name for t in tensors)))
     for (group, reason), tensors in _grouped(plan.by_action("initialised")).items():
         what = f"{_count(len(tensors), 'tensor')} of {group} keep{'s' * (len(tensors) == 1)} the model's initial values"
-        notices.append(Notice("initialised", what, reason, *_command(tensors[0], plan), tuple(t.name for t in tensors)))
+        notices.append(
+            _notice("initialised", what, reason, *_command(tensors[0], plan), tuple(t.name for t in tensors))
+        )
     return tuple(notices)
 
 

@@ -283,8 +283,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             self.logger.info("No class tables are attached to the model: heads are loaded as stock detectron2 does.")
         self.logger.info("Plan of %s:\n%s", self._origin, plan_table(plan, summary=False))
         for notice in plan_notices(plan):
-            if notice.level == "unverified":
-                self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
+            if notice.code == "unverified":
+                self.logger.warning("unverified: %s: %s; type: %s", notice.where, notice.found, notice.type_this)
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:

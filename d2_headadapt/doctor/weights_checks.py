@@ -52,15 +52,15 @@ def covers(context: DoctorContext) -> Iterator[Finding]:
 @check("HA303", "the classes of every head that is loaded are known", needs=("plan",), severity="warning")
 def classes_known(context: DoctorContext) -> Iterator[Finding]:
     for notice in plan_notices(context.plan):
-        if notice.level == "unverified":
+        if notice.code == "unverified":
             yield Finding(
                 "HA303",
                 "warning",
                 ConfigError(
                     context.weights_path,
-                    found=f"{notice.what}: {notice.why}",
-                    expected="a head whose classes are known on both sides",
-                    fix=f"Type: {notice.type_this} ({notice.hint})." if notice.hint else f"Type: {notice.type_this}.",
+                    found=f"{notice.where}: {notice.found}",
+                    expected=notice.expected,
+                    fix=notice.fix,
                 ),
             )
 
