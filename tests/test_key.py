@@ -219,6 +219,23 @@ def unknown_keys(source: str) -> set[str]:
     return {name for name in keys_named(source) if f".{name}" not in known and not name.startswith(tuple(ELSEWHERE))}
 
 
+def said_unread(source: str) -> list[str]:
+    """f-strings with a key in them, both readings, that are printed, logged or shown as help as they are."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        if not isinstance(node, ast.Call) or not (
+            name == "print" or re.search(r"logger\.|add_parser$|add_argument$", name)
+        ):
+            continue
+        for given in (*node.args, *(keyword.value for keyword in node.keywords)):
+            for part in ast.walk(given):
+                if isinstance(part, ast.FormattedValue) and part.conversion == -1:
+                    roots = {inner.id for inner in ast.walk(part.value) if isinstance(inner, ast.Name)}
+                    found += [ast.unparse(part)] if roots & ROOTS.keys() else []
+    return found
+
+
 def modules() -> Iterator[tuple[str, str]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
@@ -228,6 +245,25 @@ def modules() -> Iterator[tuple[str, str]]:
 
 def test_no_text_names_a_key_in_letters() -> None:
     assert [(name, *found) for name, source in modules() for found in named_in_letters(source)] == []
+
+
+def test_what_is_printed_and_logged_has_one_reading() -> None:
+    assert [(name, *found) for name, source in modules() for found in said_unread(source)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('print(f"wrote {OUTPUT_DIR}")', True),
+        ('self.logger.info(f"See {MODEL.WEIGHTS.set(x)}")', True),
+        ('p.add_argument("--w", help=f"{MODEL.WEIGHTS} by default")', True),
+        ('p.add_argument("--w", help=f"{MODEL.WEIGHTS!s} by default")', False),
+        ('logger.info("See %s", MODEL.WEIGHTS)', False),
+        ('ConfigError(f"{MODEL.WEIGHTS}, x", expected="a", found="b", fix="C.")', False),
+    ],
+)
+def test_mutation_both_readings_in_a_log_are_seen(line: str, found: bool) -> None:
+    assert bool(said_unread(line)) is found
 
 
 def test_every_key_that_a_text_names_exists() -> None:

@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=adapt)
 
     command = commands.add_parser(
-        "fit", help=f"adapt, and solve the rows of new classes on the images of {DATASETS.TRAIN}", epilog=EPILOG
+        "fit", help=f"adapt, and solve the rows of new classes on the images of {DATASETS.TRAIN!s}", epilog=EPILOG
     )
     _add_common(command)
     _add_output(command)
@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("KEY", "VALUE"),
-        help=f"a default of the script's config, such as {HEAD_ADAPT.SOURCE_CLASSES.set('coco')}; repeatable",
+        help=f"a default of the script's config, such as {HEAD_ADAPT.SOURCE_CLASSES!s} coco; repeatable",
     )
     command.set_defaults(run=run_existing)
     return parser
@@ -169,7 +169,7 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config-file", default="", metavar="FILE", help="a detectron2 yaml or LazyConfig")
-    command.add_argument("--weights", metavar="FILE", help=f"the checkpoint; {MODEL.WEIGHTS} by default")
+    command.add_argument("--weights", metavar="FILE", help=f"the checkpoint; {MODEL.WEIGHTS!s} by default")
     add_import_argument(command)
     command.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides; key=value of a LazyConfig"

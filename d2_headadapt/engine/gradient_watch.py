@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapt.classes import shorten
 from ..data.task_spec import TaskSpec
-from ..key import MODEL
+from ..key import MODEL, shown
 from ..modeling.task_heads import TaskHead
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def find_untrained(
         found.append(Untrained(head, tuple(names), reason, reason in (ZERO, NO_LABEL), unused))
     there = {module.spec.name for module in modules.values() if isinstance(module, TaskHead)}
     missing = (spec.name for spec in specs if spec.name not in there)
-    return [*found, *(Untrained(f"Task {name}", (), NO_HEAD) for name in missing)]
+    return [*found, *(Untrained(f"Task {name}", (), shown(NO_HEAD)) for name in missing)]
 
 
 def _prefixes(name: str) -> list[str]:
