@@ -82,7 +82,7 @@ def _rebuild(cls: type[HeadAdaptError], where: str, expected: str, found: str, f
         return cls(where, expected=expected, found=found, fix=fix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Finding:
     """One thing that is wrong, or worth knowing.
 
@@ -112,6 +112,13 @@ class Finding:
     @property
     def fix(self) -> str:
         return self.error.fix
+
+    def __eq__(self, other: object) -> bool:
+        # Two exceptions are equal only where they are one; two findings, where they say the same.
+        return type(other) is type(self) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_json().values()))
 
     def __str__(self) -> str:
         return f"{self.severity} {self.code}: {self.error}"

@@ -121,6 +121,14 @@ def test_an_error_keeps_the_words_of_the_command_that_met_it() -> None:
             }  # fmt: skip
 
 
+def test_findings_that_say_the_same_are_equal() -> None:
+    one, other = (
+        Finding("HA1", "note", ConfigError(MODEL.WEIGHTS, expected="a", found="b", fix="C.")) for _ in range(2)
+    )
+    assert one == other and len({one, other}) == 1 and one.error != other.error
+    assert one != Finding("HA1", "error", one.error) and str(one) == "note HA1: MODEL.WEIGHTS: expected a, found b. C."
+
+
 def test_an_entry_of_a_key_is_at_that_key() -> None:
     assert ConfigError(f"{HEAD_ADAPT.ALIASES}, 'a'", expected="x", found="y", fix="Z.").is_at(HEAD_ADAPT.ALIASES)
     assert not ConfigError("file.pth", expected="x", found="y", fix="Z.").is_at(HEAD_ADAPT.ALIASES)

@@ -20,7 +20,7 @@ _GROUP_REASON = re.compile(r"^its head group changes whole or not at all; ")
 _ALIAS_MOST = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Notice(Finding):
     """Something of a plan that a user should look at before anything runs.
 
