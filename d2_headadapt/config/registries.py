@@ -34,7 +34,7 @@ def not_registered(registry: Any, key: Key, name: Any) -> ConfigError:
     more = ", ..." if len(known) > MOST_NAMES else ""
     return ConfigError(
         key,
-        expected=f"a component of the registry {registry._name}: {', '.join(known[:MOST_NAMES])}{more}",
+        expected=f"one of the registry {registry._name}: {', '.join(known[:MOST_NAMES])}{more}",
         found=f"{name!r}, which nobody registered",
         fix=f"Correct it, or name the module that registers it with --import.{did_you_mean(str(name), known)}",
     )
