@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from ..key import Key
+
 Shape = tuple[int, ...]
 
 
@@ -223,7 +225,8 @@ def sentence(why: Why, *, root: bool = False) -> str:
     """
     values = {field.name: getattr(why, field.name) for field in fields(why)}
     holds = f"{why.count} classes" if why.count else "no whole number of classes"
-    words = SENTENCES[why.cause].format(**{**values, "names": ", ".join(why.names), "holds": holds})
+    key = str(Key(why.key)) if why.key else ""
+    words = SENTENCES[why.cause].format(**{**values, "key": key, "names": ", ".join(why.names), "holds": holds})
     if root:
         return words
     if why.cause in UNVERIFIED:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..errors import PlanRefused
+from ..key import HEAD_ADAPT
 from .causes import Cause, Shape, Why, sentence
 from .classes import ClassMap, ClassTable
 from .layouts import HeadLayout
@@ -359,7 +360,7 @@ def converted(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     """Return ``value`` as ``dtype``, the model's; raise where that would make other numbers of it, but for rounding."""
     if value.dtype == dtype or value.device.type == "meta":
         return value
-    fix = "Convert it in the file, or leave it out: MODEL.HEAD_ADAPT.EXCLUDE \"['" + name + "']\". Nothing was loaded."
+    fix = f"Convert it in the file, or leave it out: {HEAD_ADAPT.EXCLUDE.set([name])}. Nothing was loaded."
     if _number_kind(value.dtype) != _number_kind(dtype):
         expected, found = f"{_number_kind(dtype)} numbers, as the model's ({dtype})", str(value.dtype)
         raise PlanRefused(name, expected=expected, found=found, fix=fix)

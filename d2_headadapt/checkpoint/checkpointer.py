@@ -23,6 +23,7 @@ from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
+from ..key import OUTPUT_DIR
 from ..modeling.text.predictor import FACTS, text_facts
 from .load import (
     LoadRequest,
@@ -152,7 +153,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 os.path.join(self.save_dir, "last_checkpoint"),
                 expected="a run to go on with on every rank, or on none",
                 found=f"none on rank {ranks}",
-                fix="Copy last_checkpoint and the file that it names to every machine, or use a shared OUTPUT_DIR.",
+                fix=f"Copy last_checkpoint and the file that it names to every machine, or use a shared {OUTPUT_DIR}.",
             )
         return dict(super().resume_or_load(path, resume=resume))
 
@@ -244,8 +245,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         say_unused(unused)
         self.logger.info("Plan of %s:\n%s", self._request.path, plan_table(plan, summary=False))
         for notice in plan_notices(plan):
-            if notice.level == "unverified":
-                self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
+            if notice.code == "unverified":
+                self.logger.warning("unverified: %s: %s; type: %s", notice.where, notice.found, notice.type_this)
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:

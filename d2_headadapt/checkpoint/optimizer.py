@@ -18,6 +18,7 @@ from torch import nn
 from ..adapt.plan import AdaptPlan, TensorPlan, move_rows
 from ..adapt.report import summary_line
 from ..errors import ResumeError
+from ..key import HEAD_ADAPT, OUTPUT_DIR
 from .keys import strip_prefix
 from .provenance import Provenance, optimizer_names
 
@@ -222,8 +223,8 @@ def adapt_resume(
             path,
             expected="the tensors of the run that is resumed",
             found=f"{len(changed)} that changed, {changed[0].name} first ({summary_line(plan)})",
-            fix="Set MODEL.HEAD_ADAPT.RESUME adapt to go on: carried rows keep their optimizer moments, new rows start "
-            "at zero. Or start a new run without --resume in another OUTPUT_DIR.",
+            fix=f"Set {HEAD_ADAPT.RESUME.set('adapt')} to go on: carried rows keep their optimizer moments, new rows "
+            f"start at zero. Or start a new run without --resume in another {OUTPUT_DIR}.",
         )
     live = find_optimizer(checkpointables)
     holders = find_state(checkpoint)

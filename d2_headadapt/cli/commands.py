@@ -28,7 +28,7 @@ from ..errors import UsageError
 from ..export import ENDINGS, export_lines, export_predictor, write_bytes
 from ..files import existing_output, is_same_file, write_checkpoint, write_text
 from ..fit import FitReport, FitSettings, fit_json, fit_lines, fit_new_rows
-from ..setup.lazy.words import is_lazy_file, words_for
+from ..key import MODEL, Form, form_of
 from ..setup.recipe import Recipe, no_training_set, read_recipe
 from .plan_html import plan_html
 from .run import Adoption, run_script
@@ -40,11 +40,10 @@ def plan(args: argparse.Namespace) -> int:
     path, settings = _weights(args, recipe.config), recipe.settings
     _check_reports(args, [path, *_files_of(recipe)])
     made = plan_file(path, recipe.build_on_meta(), settings)
-    say = words_for(args.config_file)
-    _print_or_write(say(plan_table(made, every_tensor=args.all)), plan_json(made), args)
+    _print_or_write(plan_table(made, every_tensor=args.all), plan_json(made), args)
     if args.html:
         notes = [f"Checkpoint: {path}", f"Config: {args.config_file or 'the defaults of detectron2'}"]
-        write_text(args.html, say(plan_html(made, notes=notes)), exclusive=not args.force)
+        write_text(args.html, plan_html(made, notes=notes), exclusive=not args.force)
     refuse_plan(made, settings.min_coverage, path)
     return 0
 
@@ -128,7 +127,7 @@ def fit(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """What ``tools/train_net.py`` does, and with a ``.py`` config ``tools/lazyconfig_train_net.py``."""
-    return command(train_lazy if is_lazy_file(args.config_file) else train_yaml, args)
+    return command(train_lazy if form_of(args.config_file) is Form.LAZY else train_yaml, args)
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -138,7 +137,7 @@ def doctor(args: argparse.Namespace) -> int:
         return 0
     _check_reports(args, [args.weights or "", *filter(os.path.isfile, args.opts)])
     report = examine(args.config_file, args.opts, args.imports, args.weights, args.all_images)
-    _print_or_write(report_text(report, words_for(args.config_file)).rstrip("\n"), report_json(report), args)
+    _print_or_write(report_text(report).rstrip("\n"), report_json(report), args)
     return report.exit_code
 
 
@@ -153,7 +152,7 @@ def _load(args: argparse.Namespace, recipe: Recipe) -> tuple[HeadAdaptCheckpoint
     checkpointer = HeadAdaptCheckpointer(model)
     left = checkpointer.load(path, checkpointables=[])
     if checkpointer.plan is not None:
-        print(words_for(args.config_file)(summary_line(checkpointer.plan)))
+        print(summary_line(checkpointer.plan))
     return checkpointer, sorted(set(left) - {"__author__", "matching_heuristics"})
 
 
@@ -174,7 +173,7 @@ def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> Recip
     def change(cfg: CfgNode) -> None:
         if not reads_labels:
             cfg.MODEL.DEVICE = "cpu"
-        elif not cfg.DATASETS.TRAIN and not is_lazy_file(args.config_file):
+        elif not cfg.DATASETS.TRAIN and form_of(args.config_file) is not Form.LAZY:
             raise no_training_set()
         else:
             # Nothing is evaluated, so test sets need not be there.
@@ -187,7 +186,7 @@ def _weights(args: argparse.Namespace, cfg: CfgNode) -> str:
     path: str = os.path.expanduser(args.weights or cfg.MODEL.WEIGHTS)
     if not path:
         raise UsageError(
-            "--weights", expected="a checkpoint", found="none, and MODEL.WEIGHTS is empty", fix="Add --weights FILE."
+            "--weights", expected="a checkpoint", found=f"none, and {MODEL.WEIGHTS} is empty", fix="Add --weights FILE."
         )
     check_exists(path)
     return path

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from ..engine.launch import add_import_argument, default_argument_parser
 from ..errors import HeadAdaptError
 from ..export import ENDINGS
-from ..setup.lazy.words import lazy_words
+from ..key import DATASETS, HEAD_ADAPT, MODEL
+from ..setup.lazy.loading import in_words_of
 from ..version import __version__
 from .commands import adapt, doctor, explain, export, fit, plan, predict, run_existing, train
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = with_home(build_parser().parse_args(words, argparse.Namespace(script=script)))
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        with lazy_words(getattr(args, "config_file", "")):
+        with in_words_of(getattr(args, "config_file", "")):
             return run(args)
     except HeadAdaptError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=adapt)
 
     command = commands.add_parser(
-        "fit", help="adapt, and solve the rows of new classes on the images of DATASETS.TRAIN", epilog=EPILOG
+        "fit", help=f"adapt, and solve the rows of new classes on the images of {DATASETS.TRAIN!s}", epilog=EPILOG
     )
     _add_common(command)
     _add_output(command)
@@ -167,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("KEY", "VALUE"),
-        help="a default of the script's config, such as MODEL.HEAD_ADAPT.SOURCE_CLASSES coco; repeatable",
+        help=f"a default of the script's config, such as {HEAD_ADAPT.SOURCE_CLASSES!s} coco; repeatable",
     )
     command.set_defaults(run=run_existing)
     return parser
@@ -192,7 +193,7 @@ def _add_force(command: argparse.ArgumentParser) -> None:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config-file", default="", metavar="FILE", help="a detectron2 yaml or LazyConfig")
-    command.add_argument("--weights", metavar="FILE", help="the checkpoint; MODEL.WEIGHTS by default")
+    command.add_argument("--weights", metavar="FILE", help=f"the checkpoint; {MODEL.WEIGHTS!s} by default")
     add_import_argument(command)
     command.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides; key=value of a LazyConfig"

@@ -19,6 +19,7 @@ from typing import IO, Any
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ClassTableError, DatasetError
+from ..key import Key
 
 Category = dict[str, Any]
 
@@ -86,7 +87,7 @@ def keypoint_names(categories: Sequence[Category], json_file: str) -> list[str] 
     return None if first is None else list(first["keypoints"])
 
 
-def read_names(path: str, space: str, key: str) -> list[Any]:
+def read_names(path: str, space: str, key: Key) -> list[Any]:
     """The names in a .json (a list, ``{"names": [...]}`` or a COCO json) or in a .txt (one a line).
 
     Args:

@@ -16,6 +16,7 @@ from detectron2.data import DatasetMapper, build_detection_test_loader, build_de
 from detectron2.data import transforms as T
 
 from ..errors import DatasetError
+from ..key import TASKS
 from .task_datasets import settle_tasks, training_dicts
 from .task_labels import MISSING
 from .task_spec import TaskSpec, task_specs
@@ -100,7 +101,7 @@ def label_tensor(label: Any, spec: TaskSpec, place: str) -> torch.Tensor:
             expected=f"{'a list of indices' if spec.multi else 'an index'} below {size}, the number of classes of task "
             f"{spec.name!r}",
             found=repr(label),
-            fix="Correct the labels under the key tasks, or classes and kind under MODEL.TASKS.",
+            fix=f"Correct the labels under the key tasks, or classes and kind under {TASKS}.",
         )
     if not spec.multi:
         return torch.tensor(int(label))

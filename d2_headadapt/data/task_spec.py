@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..adapt.classes import SPACES, ClassTable, did_you_mean
 from ..errors import ConfigError, DatasetError
+from ..key import DATASETS, TASKS, pairs
 from .datasets import resolve_table
 
 LEVELS = ("image", "box")
@@ -101,7 +102,7 @@ def source_tables(cfg: CfgNode) -> dict[str, ClassTable | None]:
         if isinstance(value, str) and value.lower() == "none":
             found[name] = None
         elif value is not None:
-            table = resolve_table(value, key=f"MODEL.TASKS.{name}.source_classes", space=name)
+            table = resolve_table(value, key=TASKS[name].source_classes, space=name)
             if table is not None:
                 found[name] = table
     return found
@@ -120,7 +121,7 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     Raises:
         ConfigError: where the entry, a key or a value cannot be used.
     """
-    place = f"MODEL.TASKS.{name}"
+    place = TASKS[str(name)]
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name in SPACES:
         raise ConfigError(
             place,
@@ -133,14 +134,14 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
             place,
             expected=f"a mapping with the keys {', '.join(DEFAULTS)}",
             found=repr(node),
-            fix=f'Write {name}: {{"on": box, classes: [first, second]}}.',
+            fix=f"Write {pairs({'on': 'box', 'classes': ['first', 'second']}, str(name))}.",
         )
     # A bare `on` is a truth value in YAML 1.1.
     values = {**DEFAULTS, **{"on" if key is True else key: value for key, value in node.items()}}
     for key in values:
         if key not in DEFAULTS:
             raise ConfigError(
-                f"{place}.{key}",
+                place[str(key)],
                 expected=f"one of {', '.join(DEFAULTS)}",
                 found=repr(key),
                 fix=f"Remove or rename it.{did_you_mean(str(key), DEFAULTS)}",
@@ -159,12 +160,12 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     )
     for key, good, expected in checks:
         if not good:
-            raise ConfigError(f"{place}.{key}", expected=expected, found=repr(values[key]), fix="Correct the key.")
+            raise ConfigError(place[key], expected=expected, found=repr(values[key]), fix="Correct the key.")
     return values
 
 
 def _classes(cfg: CfgNode, name: str, values: Mapping[str, Any], required: bool) -> ClassTable | None:
-    key = f"MODEL.TASKS.{name}.classes"
+    key = TASKS[name].classes
     if values["classes"] is not None:
         return resolve_table(values["classes"], key=key, space=name)
     first: ClassTable | None = None
@@ -178,15 +179,16 @@ def _classes(cfg: CfgNode, name: str, values: Mapping[str, Any], required: bool)
                 key,
                 expected=f"the {len(first)} classes of {first.origin}",
                 found=f"another list in {table.origin} ({len(table)} classes)",
-                fix=f"List the classes of both: {key} \"['first', 'second']\".",
+                fix=f"List the classes of both: {key.set(['first', 'second'])}.",
             )
         first = first or table
     if first is None and required:
         raise ConfigError(
             key,
             expected="the classes of the task",
-            found=f"none, and no dataset of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} tells them",
-            fix=f"List them: {name}: {{classes: [first, second]}}, or name the task's column under DATASETS.REGISTER.",
+            found=f"none, and no dataset of {DATASETS.TRAIN} {tuple(cfg.DATASETS.TRAIN)} tells them",
+            fix=f"List them: {pairs({'classes': ['first', 'second']}, name)}, or name the task's column under "
+            f"{DATASETS.REGISTER}.",
         )
     return first
 
@@ -217,7 +219,7 @@ def _weights(cfg: CfgNode, name: str, value: Any, table: ClassTable) -> tuple[fl
     good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(table)
     if not good or not all(isinstance(w, (int, float)) and w >= 0 for w in value):
         raise ConfigError(
-            f"MODEL.TASKS.{name}.class_weights",
+            TASKS[name].class_weights,
             expected=f"balanced, or {len(table)} numbers from 0 on, one for each class of {table.origin}",
             found=repr(value),
             fix="Correct the key.",

@@ -21,6 +21,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from ..errors import ConfigError, HeadAdaptError
+from ..key import OUTPUT_DIR
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -52,7 +53,7 @@ def log_to(folder: str) -> None:
         setup_logger(folder, distributed_rank=comm.get_rank(), name="d2_headadapt")
     except OSError as exc:
         raise ConfigError(
-            "OUTPUT_DIR", expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
+            OUTPUT_DIR, expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
         ) from exc
 
 

@@ -32,6 +32,7 @@ from ..data.task_spec import TaskSpec, task_specs
 from ..errors import CheckpointFileError, ConfigError, DatasetError
 from ..evaluation.drawing import draw_tasks, image_lines
 from ..files import read_checkpoint, write_text
+from ..key import MODEL
 from ..setup.recipe import Recipe
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -94,7 +95,7 @@ class Predictor:
         }
         if not found and not tasks:
             raise ConfigError(
-                "MODEL.META_ARCHITECTURE",
+                MODEL.META_ARCHITECTURE,
                 expected="a model that gives boxes, or tasks of images",
                 found=f"{type(self.model).__name__}, which gives {', '.join(output)}",
                 fix="Type d2-headadapt export to run it elsewhere, or d2-headadapt train --eval-only to measure it.",

@@ -32,6 +32,7 @@ from ..doctor.running import examine_before_training
 from ..errors import PlanRefused, UsageError
 from ..evaluation.build import build_evaluator as build_evaluator
 from ..fit.hook import FitHook
+from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER, YAML
 from ..setup.build import building
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
@@ -140,16 +141,16 @@ def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: 
     """One line where a run goes on from its own checkpoint and the config names another file."""
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
     if last and weights and weights != last:
-        logger.info("Going on from %s, the last checkpoint of OUTPUT_DIR; MODEL.WEIGHTS %s is not read.", last, weights)
+        logger.info(
+            "Going on from %s, the last checkpoint of %s; %s is not read.", last, OUTPUT_DIR, MODEL.WEIGHTS.set(weights)
+        )
 
 
 def say_what_is_left(done: int, wanted: int) -> None:
     """One line where a run has done its iterations already."""
     if done >= wanted:
         logger.warning(
-            "Nothing is left to train: %d of SOLVER.MAX_ITER %d iterations are done. Set SOLVER.MAX_ITER higher.",
-            done,
-            wanted,
+            "Nothing is left to train: %d of %d iterations are done. Set %s higher.", done, wanted, SOLVER.MAX_ITER
         )
 
 
@@ -184,16 +185,18 @@ def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool, where: s
                 where,
                 expected="every parameter of the model in the file",
                 found=f"none of its shape for {shorten(drawn, 3)}",
-                fix="Use the config that the file was made with, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True.",
+                fix="Use the config that the file was made with, or set "
+                f"{HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL.set(True)}.",
             )
         return
     names = "; ".join(f"{space}: {shorten(classes)}" for space, classes in checkpointer.untrained.items())
-    names = names or "every class, because MODEL.WEIGHTS is empty"
+    names = names or f"every class, because {MODEL.WEIGHTS} is empty"
     raise PlanRefused(
         where,
         expected="every class carried, fitted or trained",
         found=f"random rows for {names}",
-        fix="Train first, name the right file in MODEL.WEIGHTS, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True.",
+        fix=f"Train first, name the right file in {MODEL.WEIGHTS}, or set "
+        f"{HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL.set(True)}.",
     )
 
 
@@ -206,7 +209,7 @@ def main(args: argparse.Namespace) -> Any:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         refuse_new_rows(checkpointer, cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
         if not cfg.DATASETS.TEST:
-            logger.warning("Nothing is evaluated: DATASETS.TEST is empty.")
+            logger.warning("Nothing is evaluated: %s is empty.", DATASETS.TEST)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
@@ -215,10 +218,10 @@ def main(args: argparse.Namespace) -> Any:
         return results
     if not cfg.DATASETS.TRAIN:
         raise UsageError(
-            "DATASETS.TRAIN",
+            DATASETS.TRAIN,
             expected="a dataset to train on",
             found="none",
-            fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+            fix=f"Name one in the {YAML}, or add {DATASETS.TRAIN.set(('my_train',))}.",
         )
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -22,6 +22,7 @@ from detectron2.evaluation import (
 from ..data.task_datasets import settle_tasks
 from ..data.task_spec import task_specs
 from ..errors import ConfigError, DatasetError
+from ..key import TASKS
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -58,10 +59,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         )
     if kind == "tasks" and not judge_tasks:
         raise ConfigError(
-            "MODEL.TASKS",
+            TASKS,
             expected=f"a task to evaluate on dataset {dataset_name!r}, which has labels of tasks alone",
             found="none",
-            fix='Declare one: MODEL: {TASKS: {colour: {"on": image}}}.',
+            fix=f"Declare one: {TASKS.write({'colour': {'on': 'image'}})}.",
         )
     # A model of whole images has no detections for the others.
     images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"

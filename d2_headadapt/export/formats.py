@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.provenance import Provenance
 from ..errors import CheckpointFileError, ExportError, HeadAdaptError
+from ..key import MODEL
 from .flat import FlatModel
 from .scripting import script
 from .tables import facts_of, import_onnx, is_torchscript, onnx_bytes, torchscript_bytes
@@ -65,7 +66,7 @@ def _onnx(flat: FlatModel, known: Provenance, any_size: bool) -> bytes:
             f"format onnx, {type(flat.model).__name__}",
             expected="a model without a keypoint head",
             found="detectron2's keypoint head, whose loop over detections torch's exporter cannot write",
-            fix="Type --format traced, or MODEL.KEYPOINT_ON False.",
+            fix=f"Type --format traced, or {MODEL.KEYPOINT_ON.set(False)}.",
         )
     buffer = io.BytesIO()
     with refusing(

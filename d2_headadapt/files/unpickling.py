@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NoReturn, Protocol
 import numpy as np
 
 from ..errors import CheckpointFileError
+from ..key import HEAD_ADAPT
 
 DAMAGED = "The file is damaged or was cut short; copy or download it again."
 
@@ -351,5 +352,5 @@ def refuse_global(where: str, name: str) -> NoReturn:
         expected="a file of weights and plain values, which runs nothing",
         found=f"a pickle that asks for {name[:120]!r}",
         fix="Loading that may run any code. For a file that you made yourself, or trust as much as a program, set "
-        "MODEL.HEAD_ADAPT.TRUST_FILE True.",
+        f"{HEAD_ADAPT.TRUST_FILE.set(True)}.",
     )

@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..errors import ConfigError
+from ..key import HEAD_ADAPT
 
 PARTS = ("rpn", "box", "mask", "dense", "task")
 RPN_CHOICES = ("auto", "always", "never")
@@ -93,9 +94,7 @@ class FitSettings:
         )
         for key, good, expected, found in checks:
             if not good:
-                raise ConfigError(
-                    f"MODEL.HEAD_ADAPT.FIT.{key}", expected=expected, found=repr(found), fix="Correct the key."
-                )
+                raise ConfigError(HEAD_ADAPT.FIT[key], expected=expected, found=repr(found), fix="Correct the key.")
 
 
 def _descending(values: tuple[float, ...]) -> bool:

@@ -22,8 +22,10 @@ from ..adapt.classes import ClassTable, did_you_mean
 from ..adapt.detectron2_heads import fast_rcnn_layouts
 from ..adapt.layouts import HeadLayout
 from ..adapt.registry import ModuleContext
+from ..config.registries import registered
 from ..data.task_spec import TaskSpec
-from ..errors import ClassTableError, ConfigError
+from ..errors import ClassTableError
+from ..key import HEAD_ADAPT
 from .task_boxes import Predictions, features_of, log_accuracies, task_labels
 from .task_heads import TaskHeads
 
@@ -231,18 +233,11 @@ def replace_predictor(
     Raises:
         ConfigError: no predictor of that name.
     """
-    if name not in PREDICTOR_REGISTRY:
-        known = [entry for entry, _ in PREDICTOR_REGISTRY]
-        raise ConfigError(
-            "MODEL.HEAD_ADAPT.PREDICTOR",
-            expected=f"one of {', '.join(known)}",
-            found=repr(name),
-            fix=f"Register it, or correct the name.{did_you_mean(name, known)}",
-        )
+    build = registered(PREDICTOR_REGISTRY, HEAD_ADAPT.PREDICTOR, name)
     # A registered predictor need not know of tasks as long as there are none.
     more = {"tasks": tasks} if tasks else {}
     with torch.random.fork_rng(devices=[]):
-        ours: nn.Module = PREDICTOR_REGISTRY.get(name)(
+        ours: nn.Module = build(
             cfg, input_shape, box2box_transform=stock.box2box_transform, class_table=class_table, **more
         )
     shapes = {key: value.shape for key, value in ours.state_dict().items()}

@@ -22,6 +22,7 @@ from ..adapt.classes import ClassTable
 from ..config.settings import AdaptSettings, apply_num_classes, attach_settings, with_keys
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import ConfigError
+from ..key import HEAD_ADAPT, TASKS
 from .predictor import replace_predictor
 from .task_boxes import carry_labels, features_of, has_tasks
 
@@ -102,10 +103,10 @@ def _ours(cfg: CfgNode, stock: Any, table: ClassTable | None, tasks: Sequence[Ta
     if type(stock) is not FastRCNNOutputLayers:
         if tasks:
             raise ConfigError(
-                f"MODEL.TASKS.{tasks[0].name}",
+                TASKS[tasks[0].name],
                 expected="a box predictor that this package replaces, FastRCNNOutputLayers",
                 found=f"{type(stock).__name__}, which knows no tasks",
-                fix="Register it as MODEL.HEAD_ADAPT.PREDICTOR, derived from HeadAdaptOutputLayers, or drop the task.",
+                fix=f"Register it as {HEAD_ADAPT.PREDICTOR}, derived from HeadAdaptOutputLayers, or drop the task.",
             )
         return stock
     shape = ShapeSpec(channels=stock.cls_score.in_features)

@@ -91,7 +91,11 @@ def test_training_sets_that_disagree_are_an_error_even_then(animals: str) -> Non
 @pytest.mark.parametrize(
     ("keys", "error", "words"),
     [
-        ({"MATCH": "names"}, ConfigError, "MODEL.HEAD_ADAPT.MATCH: expected 'name' or 'position', found 'names'"),
+        (
+            {"MATCH": "names"},
+            ConfigError,
+            "MODEL.HEAD_ADAPT.MATCH: expected 'name' or 'position' or 'position_over_names', found",
+        ),
         ({"TARGET_CLASSES": 80}, ClassTableError, "MODEL.HEAD_ADAPT.TARGET_CLASSES: .*found 80 .int.*quotes"),
         ({"TARGET_CLASSES": ["cat", "Cat"]}, ClassTableError, "TARGET_CLASSES: .*'cat' and 'Cat'"),
         ({"SOURCE_CLASSES": []}, ClassTableError, "SOURCE_CLASSES: expected at least one class name, found none"),
@@ -139,15 +143,12 @@ def test_num_classes_is_written_under_every_key_that_the_architecture_reads(arch
     keys = NUM_CLASSES_KEYS.get(architecture, NUM_CLASSES_KEYS["PanopticFPN"])
     # detectron2's own config has no POINT_HEAD and no FCOS, and no keypoint table was given.
     there = set(all_keys(cfg))
-    written = [(space, key) for space, key in keys if key in there and space in target]
+    written = [(space, key) for space, key in keys if key.yaml in there and space in target]
     for space, key in written:
-        node: Any = cfg
-        for part in key.split("."):
-            node = node[part]
-        assert node == len(target[space]), key
+        assert key.of(cfg) == len(target[space]), key
     assert len(lines) == len(written)
     changed = {key.split(" was ")[0] for key in lines}
-    assert changed == {key for _, key in written}
+    assert changed == {key.yaml for _, key in written}
     if architecture not in ("RetinaNet", "FCOS"):
         assert before.MODEL.RETINANET == cfg.MODEL.RETINANET
 

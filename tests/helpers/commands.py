@@ -15,6 +15,7 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from d2_headadapt.cli.parser import main
+from d2_headadapt.key import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGERS = ("d2_headadapt", "detectron2", "fvcore")
@@ -37,7 +38,10 @@ def cli(*arguments: object) -> Ran:
             code = main([str(a) for a in arguments])
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-    return Ran(code, out.getvalue(), err.getvalue())
+    ran = Ran(code, out.getvalue(), err.getvalue())
+    # Nothing that people see has both readings of a key in it.
+    assert shown(ran.out + ran.err) == ran.out + ran.err
+    return ran
 
 
 @contextmanager

@@ -27,9 +27,10 @@ from ...adapt.vocabularies import vocabulary, vocabulary_names
 from ...data.datasets import resolve_table
 from ...errors import ClassTableError, TextError
 from ...files import read_values
+from ...key import HEAD_ADAPT, Key
 
-FILE_KEY = "MODEL.HEAD_ADAPT.TEXT.FILE"
-NAMES_KEY = "MODEL.HEAD_ADAPT.TEXT.NAMES"
+FILE_KEY = HEAD_ADAPT.TEXT.FILE
+NAMES_KEY = HEAD_ADAPT.TEXT.NAMES
 UNIT = 2e-3
 """How far a norm may be from 1 in a normalised file; rounding to float16 moves it by 5e-4 at most."""
 
@@ -103,7 +104,7 @@ class TextBundle:
             f"{FILE_KEY}, {self.path}",
             expected=f"a row for each of the {len(target)} classes of {target.origin}",
             found=f"none for {shorten(list(missing))} among its {len(self.names)} rows",
-            fix=f"Name the row: MODEL.HEAD_ADAPT.ALIASES \"['{missing[0]}=its name in the file']\", or add rows to the "
+            fix=f"Name the row: {HEAD_ADAPT.ALIASES.set([f'{missing[0]}=its name in the file'])}, or add rows to the "
             f"file.{near}",
         )
 
@@ -158,7 +159,7 @@ def read_bundle(
                 path,
                 "a background embedding, as BACKGROUND is 'file'",
                 f"{len(table)} rows for {len(table)} names and no entry 'background'",
-                "Set MODEL.HEAD_ADAPT.TEXT.BACKGROUND learned or zero, or store it as row K of K + 1.",
+                f"Set {HEAD_ADAPT.TEXT.BACKGROUND.set('learned')} or zero, or store it as row K of K + 1.",
             )
         if found is not None and found.shape != matrix.shape[1:]:
             _refuse(
@@ -242,7 +243,9 @@ def _names(path: str, names: Any, facts: Mapping[str, Any], matrix: torch.Tensor
     table = resolve_table(names, key=NAMES_KEY)
     if table is None and facts.get("names") is not None:
         stored = facts["names"]
-        table = resolve_table(stored, key=f"{path}, names") if isinstance(stored, str) else ClassTable(stored, path)
+        table = (
+            resolve_table(stored, key=Key(f"{path}, names")) if isinstance(stored, str) else ClassTable(stored, path)
+        )
     if table is None:
         shape = tuple(matrix.shape)
         _refuse(
@@ -263,9 +266,9 @@ def _suggested(shape: Sequence[int]) -> str:
     fitting = sorted((name for name in sizes if sizes[name] in counts), key=lambda name: counts[sizes[name]])
     if not fitting:
         every = ", ".join(f"{name} ({count})" for name, count in sizes.items() if count)
-        return f"Name them: {NAMES_KEY} names.txt. No vocabulary has that many classes: {every}."
+        return f"Name them: {NAMES_KEY.set('names.txt')}. No vocabulary has that many classes: {every}."
     listed = ", ".join(f"{name} ({sizes[name]})" for name in fitting)
-    return f"If it holds a vocabulary of that size ({listed}), in its order: {NAMES_KEY} {fitting[0]}."
+    return f"If it holds a vocabulary of that size ({listed}), in its order: {NAMES_KEY.set(fitting[0])}."
 
 
 def _things(name: str) -> int:
@@ -305,7 +308,7 @@ def _rows(
         return matrix[:, :-1].t().contiguous(), None
     fix = f"Correct {NAMES_KEY}, or use the file of these classes. {_suggested(shape)}"
     if shape[0] == count + 1:
-        fix = f"If the last row is the background, set MODEL.HEAD_ADAPT.TEXT.BACKGROUND file. {fix}"
+        fix = f"If the last row is the background, set {HEAD_ADAPT.TEXT.BACKGROUND.set('file')}. {fix}"
     elif shape[1] in (count, count + 1):
         fix = "If the classes are its columns, save the transpose (numpy: matrix.T) without a background column."
     _refuse(

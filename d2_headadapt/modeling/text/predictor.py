@@ -28,6 +28,7 @@ from ...adapt.layouts import HeadLayout
 from ...adapt.plan import AdaptPlan, TensorPlan
 from ...adapt.registry import ModuleContext
 from ...errors import TextError
+from ...key import HEAD_ADAPT
 from ..predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from .bundle import FILE_KEY, TextBundle
 from .preflight import bundle_of, refuse_text
@@ -160,7 +161,7 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
             bundle, class_table, aliases=aliases, region_width=width if projection == "never" else None
         ):
             if problem.severity == "error":
-                raise problem.error()
+                raise problem.error
         with torch.device("cpu"):
             rows = bundle.require(class_table, aliases)
         self.bundle = bundle
@@ -184,10 +185,10 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
         if class_table is None:
             if len(bundle.names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
                 raise TextError(
-                    "MODEL.HEAD_ADAPT.TARGET_CLASSES",
+                    HEAD_ADAPT.TARGET_CLASSES,
                     expected=f"the {cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes of the model, to pick their rows by name",
                     found=f"none, and {len(bundle.names)} rows in {bundle.path}",
-                    fix="Name them: MODEL.HEAD_ADAPT.TARGET_CLASSES names.txt.",
+                    fix=f"Name them: {HEAD_ADAPT.TARGET_CLASSES.set('names.txt')}.",
                 )
             class_table = bundle.names
         return {
@@ -269,7 +270,7 @@ def refuse_other_text(
                 expected=f"embeddings of {encoder}, which the classifier of {origin} was trained with",
                 found=f"those of {ours}",
                 fix=f"Use a file that {encoder} wrote, or start without that classifier: "
-                "MODEL.HEAD_ADAPT.EXCLUDE \"['*.cls_score.*']\".",
+                f"{HEAD_ADAPT.EXCLUDE.set(['*.cls_score.*'])}.",
             )
         if module.precedence == "error":
             _refuse_difference(module, entry, plan, stored[tensor], origin)
@@ -290,8 +291,9 @@ def _refuse_difference(
         name = plan.target["thing"].names[pairs[worst][0]]
         raise TextError(
             f"{FILE_KEY}, {module.bundle.path}",
-            expected=f"the embeddings that {origin} has, since MODEL.HEAD_ADAPT.TEXT.PRECEDENCE is 'error'",
+            expected=f"the embeddings that {origin} has, since {HEAD_ADAPT.TEXT.PRECEDENCE} is 'error'",
             found=f"others for {int((cosines < AGREE).sum())} of {len(pairs)} classes; most for {name!r}, with a "
             f"cosine of {cosines[worst]:.4f}",
-            fix="Set MODEL.HEAD_ADAPT.TEXT.PRECEDENCE checkpoint to keep what was trained, or file to take the file's.",
+            fix=f"Set {HEAD_ADAPT.TEXT.PRECEDENCE.set('checkpoint')} to keep what was trained, or file to take the "
+            "file's.",
         )

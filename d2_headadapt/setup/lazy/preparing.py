@@ -17,12 +17,14 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from ...adapt.classes import ClassTable, did_you_mean
+from ...adapt.classes import ClassTable
+from ...config.registries import registered
 from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ...data.task_datasets import training_dicts
 from ...data.task_mapper import TaskMapper
 from ...data.task_spec import TaskSpec, task_specs
 from ...errors import ConfigError
+from ...key import HEAD_ADAPT, Form, speaking
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from ...modeling.roi_heads import KnowsItsClasses
@@ -50,6 +52,7 @@ class Prepared:
     settings: AdaptSettings
 
 
+@speaking(Form.LAZY)
 def prepare(
     lazy: DictConfig,
     *,
@@ -89,7 +92,7 @@ def prepare(
     # From here on nothing fails.
     for line in write_counts(lazy.model, settings.target):
         logger.info(line)
-    cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE, "train.device")
+    cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE)
     if select(lazy, "train.device") is not None:
         lazy.train.device = cfg.MODEL.DEVICE
     for node, target, arguments in given:
@@ -151,7 +154,7 @@ def _given_to_heads(
     given: list[tuple[DictConfig, Any, dict[str, Any]]] = []
     predictors = _predictors(model)
     if not predictors and cfg.MODEL.HEAD_ADAPT.PREDICTOR != "HeadAdaptOutputLayers":
-        logger.warning("Nothing reads %s.predictor: the model has no ROI heads of d2_headadapt.", NODE)
+        logger.warning("Nothing reads %s: the model has no ROI heads of d2_headadapt.", HEAD_ADAPT.PREDICTOR)
     for _, node, is_last in predictors:
         target = target_of(node)
         if target is FastRCNNOutputLayers:
@@ -173,18 +176,10 @@ def _given_to_heads(
 
 
 def _predictor_class(name: str) -> Any:
-    if name not in PREDICTOR_REGISTRY:
-        known = [entry for entry, _ in PREDICTOR_REGISTRY]
-        raise ConfigError(
-            f"{NODE}.predictor",
-            expected=f"one of {', '.join(known)}",
-            found=repr(name),
-            fix=f"Register it, or correct the name.{did_you_mean(name, known)}",
-        )
-    found = PREDICTOR_REGISTRY.get(name)
+    found = registered(PREDICTOR_REGISTRY, HEAD_ADAPT.PREDICTOR, name)
     if not (isinstance(found, type) and issubclass(found, HeadAdaptOutputLayers)):
         raise ConfigError(
-            f"{NODE}.predictor",
+            HEAD_ADAPT.PREDICTOR,
             expected="a class derived from HeadAdaptOutputLayers",
             found=repr(name),
             fix="Name it in the tree: model.roi_heads.box_predictor._target_ = ..., with its arguments.",
