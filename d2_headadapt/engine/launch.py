@@ -21,6 +21,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from ..errors import ConfigError, HeadAdaptError
+from ..setup.arguments import add_import_argument
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -28,18 +29,6 @@ def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParse
     parser: argparse.ArgumentParser = stock_argument_parser(epilog)
     add_import_argument(parser)
     return parser
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """``--import MODULE_OR_FILE.py``, as often as needed."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE_OR_FILE.py",
-        help="a module or file that registers your own components; repeatable",
-    )
 
 
 def log_to(folder: str) -> None:

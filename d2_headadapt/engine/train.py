@@ -35,7 +35,6 @@ from ..fit.hook import FitHook
 from ..setup.build import building
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
-from .launch import add_import_argument as add_import_argument
 from .launch import command as command
 from .launch import ddp_without_gpus, log_to
 from .launch import default_argument_parser as default_argument_parser

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from .fit import fit_new_rows
-from .hook import FitHook, mapper_at_test_size, training_dicts
-from .images import Mapper
-from .report import fit_json, fit_lines
-from .settings import FitReport, FitSettings, PartReport
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "FitHook",
-    "FitReport",
-    "FitSettings",
-    "Mapper",
-    "PartReport",
-    "fit_json",
-    "fit_lines",
-    "fit_new_rows",
-    "mapper_at_test_size",
-    "training_dicts",
-]
+from ..lazy_names import lazy_names as _lazy_names
+
+if TYPE_CHECKING:
+    from .fit import fit_new_rows as fit_new_rows
+    from .hook import FitHook as FitHook
+    from .hook import mapper_at_test_size as mapper_at_test_size
+    from .hook import training_dicts as training_dicts
+    from .images import Mapper as Mapper
+    from .report import fit_json as fit_json
+    from .report import fit_lines as fit_lines
+    from .settings import FitReport as FitReport
+    from .settings import FitSettings as FitSettings
+    from .settings import PartReport as PartReport
+
+_HOMES = {
+    "FitHook": "hook",
+    "FitReport": "settings",
+    "FitSettings": "settings",
+    "Mapper": "images",
+    "PartReport": "settings",
+    "fit_json": "report",
+    "fit_lines": "report",
+    "fit_new_rows": "fit",
+    "mapper_at_test_size": "hook",
+    "training_dicts": "hook",
+}
+__all__ = [*_HOMES]
+__getattr__, __dir__ = _lazy_names(__name__, _HOMES)

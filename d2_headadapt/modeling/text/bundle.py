@@ -25,7 +25,6 @@ from ...adapt.planner import match_tables
 from ...adapt.vocabularies import vocabulary, vocabulary_names
 from ...data.datasets import resolve_table
 from ...errors import ClassTableError, TextError
-from ...files import read_values
 
 FILE_KEY = "MODEL.HEAD_ADAPT.TEXT.FILE"
 NAMES_KEY = "MODEL.HEAD_ADAPT.TEXT.NAMES"
@@ -184,6 +183,9 @@ def _read(path: str, trust: bool) -> _Raw:
             fix = "Save it with numpy.save as an array of floats."
             _refuse(path, "an array that numpy.save wrote", str(error), fix, error)
     else:
+        # Here, because every process that builds a model imports this module, and few read embeddings.
+        from ...files import read_values
+
         loaded = read_values(local, trust=trust)
     if isinstance(loaded, Mapping) and "model" in loaded and isinstance(loaded["model"], Mapping):
         loaded = loaded["model"]
