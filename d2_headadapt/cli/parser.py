@@ -60,7 +60,7 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def check_script(script: Sequence[str]) -> None:
-    """Refuse ``run`` without a script, or without a module behind ``-m``.
+    """Refuse ``run`` without a script that is there, or without the name of a module behind ``-m``.
 
     Raises:
         UsageError: there is none.
@@ -68,6 +68,10 @@ def check_script(script: Sequence[str]) -> None:
     if not script or list(script) == ["-m"]:
         raise UsageError(
             "d2-headadapt run", expected="a script", found="none", fix="Type: d2-headadapt run train_net.py ..."
+        )
+    if script[0] != "-m" and not os.path.isfile(script[0]):
+        raise UsageError(
+            "d2-headadapt run", expected="a Python script", found=f"no file {script[0]!r}", fix="Correct the path."
         )
 
 
