@@ -41,13 +41,18 @@ if TYPE_CHECKING:
     from .engine.own_loop import fit_rows as fit_rows
     from .engine.train import Trainer as Trainer
     from .errors import HeadAdaptError as HeadAdaptError
+    from .evaluation.drawing import draw_tasks as draw_tasks
     from .files import read_checkpoint as read_checkpoint
+    from .modeling.classifier import POOLING_REGISTRY as POOLING_REGISTRY
     from .modeling.classifier import MultiTaskClassifier as MultiTaskClassifier
     from .modeling.predictor import PREDICTOR_REGISTRY as PREDICTOR_REGISTRY
     from .modeling.predictor import HeadAdaptOutputLayers as HeadAdaptOutputLayers
     from .modeling.roi_heads import HeadAdaptCascadeROIHeads as HeadAdaptCascadeROIHeads
     from .modeling.roi_heads import HeadAdaptRes5ROIHeads as HeadAdaptRes5ROIHeads
     from .modeling.roi_heads import HeadAdaptROIHeads as HeadAdaptROIHeads
+    from .modeling.text.bundle import TextBundle as TextBundle
+    from .modeling.text.bundle import read_bundle as read_bundle
+    from .modeling.text.nearest import plan_nearest as plan_nearest
     from .modeling.text.predictor import HeadAdaptTextOutputLayers as HeadAdaptTextOutputLayers
     from .setup.build import build_on_meta as build_on_meta
     from .setup.lazy import load as load_lazy_config  # noqa: F401
@@ -56,6 +61,8 @@ if TYPE_CHECKING:
     from .setup.yaml import resolve_config as resolve_config
 
 _HOMES = {
+    "POOLING_REGISTRY": "modeling.classifier",
+    "PREDICTOR_REGISTRY": "modeling.predictor",
     "AdaptPlan": "adapt.plan",
     "AdaptSettings": "config.settings",
     "ClassMap": "adapt.classes",
@@ -69,12 +76,13 @@ _HOMES = {
     "HeadAdaptTextOutputLayers": "modeling.text.predictor",
     "HeadLayout": "adapt.layouts",
     "MultiTaskClassifier": "modeling.classifier",
-    "PREDICTOR_REGISTRY": "modeling.predictor",
     "TensorPlan": "adapt.plan",
+    "TextBundle": "modeling.text.bundle",
     "Trainer": "engine.train",
     "adapt_state_dict": "engine.own_loop",
     "add_headadapt_config": "config.keys",
     "build_on_meta": "setup.build",
+    "draw_tasks": "evaluation.drawing",
     "fit_rows": "engine.own_loop",
     "layouts_of": "adapt.detectron2_heads",
     "load_config": "setup.yaml",
@@ -83,8 +91,10 @@ _HOMES = {
     "match_tables": "adapt.planner",
     "plan_adaptation": "adapt.planner",
     "plan_file": "checkpoint.load",
+    "plan_nearest": "modeling.text.nearest",
     "plan_table": "adapt.report",
     "prepare_lazy_config": "setup.lazy:prepare",
+    "read_bundle": "modeling.text.bundle",
     "read_checkpoint": "files",
     "register_head_layout": "adapt.detectron2_heads",
     "resolve_config": "setup.yaml",

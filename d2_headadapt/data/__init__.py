@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from .task_mapper import TaskMapper as TaskMapper
     from .task_mapper import build_task_test_loader as build_task_test_loader
     from .task_mapper import build_task_train_loader as build_task_train_loader
+    from .task_spec import TASK_DEFAULTS as TASK_DEFAULTS
     from .task_spec import TaskSpec as TaskSpec
     from .task_spec import task_specs as task_specs
 
 _HOMES = {
+    "TASK_DEFAULTS": "task_spec",
     "DatasetEntry": "entry",
     "TaskFacts": "task_labels",
     "TaskMapper": "task_mapper",

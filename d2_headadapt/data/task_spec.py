@@ -17,7 +17,7 @@ from .datasets import resolve_table
 
 LEVELS = ("image", "box")
 KINDS = ("single", "multi")
-DEFAULTS: Mapping[str, Any] = {
+TASK_DEFAULTS: Mapping[str, Any] = {
     "on": None,
     "classes": None,
     "source_classes": None,
@@ -112,7 +112,7 @@ def complete_tasks(cfg: CfgNode) -> None:
     """Write every key that a task leaves out, so that a command line can set it, and a wrong key is an error there."""
     for name, node in cfg.MODEL.TASKS.items():
         if isinstance(node, Mapping):
-            cfg.MODEL.TASKS[name] = CfgNode({**DEFAULTS, **node})
+            cfg.MODEL.TASKS[name] = CfgNode({**TASK_DEFAULTS, **node})
 
 
 def checked_task(name: Any, node: Any) -> dict[str, Any]:
@@ -132,19 +132,19 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     if not isinstance(node, Mapping):
         raise ConfigError(
             place,
-            expected=f"a mapping with the keys {', '.join(DEFAULTS)}",
+            expected=f"a mapping with the keys {', '.join(TASK_DEFAULTS)}",
             found=repr(node),
             fix=f'Write {name}: {{"on": box, classes: [first, second]}}.',
         )
     # A bare `on` is a truth value in YAML 1.1.
-    values = {**DEFAULTS, **{"on" if key is True else key: value for key, value in node.items()}}
+    values = {**TASK_DEFAULTS, **{"on" if key is True else key: value for key, value in node.items()}}
     for key in values:
-        if key not in DEFAULTS:
+        if key not in TASK_DEFAULTS:
             raise ConfigError(
                 f"{place}.{key}",
-                expected=f"one of {', '.join(DEFAULTS)}",
+                expected=f"one of {', '.join(TASK_DEFAULTS)}",
                 found=repr(key),
-                fix=f"Remove or rename it.{did_you_mean(str(key), DEFAULTS)}",
+                fix=f"Remove or rename it.{did_you_mean(str(key), TASK_DEFAULTS)}",
             )
 
     def number(key: str, low: float) -> bool:

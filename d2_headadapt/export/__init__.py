@@ -12,9 +12,11 @@ ENDINGS: Mapping[str, tuple[str, ...]] = {"traced": (".ts", ".pt"), "scripted": 
 
 if TYPE_CHECKING:
     from .entry import Export as Export
+    from .entry import drawn_images as drawn_images
     from .entry import export_lines as export_lines
     from .entry import export_model as export_model
     from .entry import export_predictor as export_predictor
+    from .flat import FlatModel as FlatModel
     from .formats import OPSET as OPSET
     from .formats import ExportedModel as ExportedModel
     from .parity import TOLERANCE as TOLERANCE
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ENTRY": "tables",
+    "OPSET": "formats",
+    "TOLERANCE": "parity",
     "Export": "entry",
     "ExportedModel": "formats",
-    "OPSET": "formats",
+    "FlatModel": "flat",
     "Parity": "parity",
-    "TOLERANCE": "parity",
+    "drawn_images": "entry",
     "embed_tables": "tables",
     "export_lines": "entry",
     "export_model": "entry",

@@ -135,5 +135,7 @@ def test_a_wrong_default_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text(FAILS)
     ran = adopted("--set", "MODEL.HEAD_ADAPT.SOURCE_CLASES", "coco", "fails.py", "theirs", 1, cwd=tmp_path)
     assert ran.code == 1
-    assert ran.complaint.startswith("error: --set: expected a config key that exists, found MODEL.HEAD_ADAPT.SOURCE_CLASES.")
+    assert ran.complaint.startswith(
+        "error: --set: expected a config key that exists, found MODEL.HEAD_ADAPT.SOURCE_CLASES."
+    )
     assert "Nearest: 'MODEL.HEAD_ADAPT.SOURCE_CLASSES'" in ran.complaint and ran.complaint.count("\n") == 1

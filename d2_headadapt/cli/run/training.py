@@ -95,8 +95,7 @@ def adopt_mapper() -> None:
         if cls is DatasetMapper and is_train and cfg.MODEL.get("TASKS"):
             logger.warning(
                 "MODEL.TASKS: the script's data loader has detectron2's DatasetMapper, which leaves the labels of "
-                "tasks out, so their heads are not trained. Give it mapper=TaskMapper(cfg, True) of "
-                "d2_headadapt.data.task_mapper."
+                "tasks out, so their heads are not trained. Give it mapper=TaskMapper(cfg, True) of d2_headadapt.data."
             )
         return stock(cls, cfg, is_train)
 
