@@ -15,7 +15,8 @@ def lazy_names(
 
     Args:
         package: its ``__name__``.
-        homes: name -> the module inside the package that has it; ``module:other`` where it has another name there.
+        homes: name -> the module inside the package that has it (one dot in front: beside the package);
+            ``module:other`` where it has another name there.
         packages: packages inside it that are imported as attributes too.
     """
 

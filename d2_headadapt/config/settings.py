@@ -13,7 +13,7 @@ from torch import nn
 from ..adapt.classes import KEY_SUFFIXES, SPACES, ClassTable, did_you_mean
 from ..data.datasets import resolve_table, training_table
 from ..data.task_spec import source_tables, task_specs
-from ..errors import ConfigError, DatasetError
+from ..errors import ConfigError
 from .keys import add_headadapt_config
 
 logger = logging.getLogger(__name__)
@@ -159,13 +159,13 @@ class AdaptSettings:
         )
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, *, registered_only: bool = False) -> AdaptSettings:
+    def from_config(cls, cfg: CfgNode, *, required: bool = False) -> AdaptSettings:
         """Read the keys under ``MODEL.HEAD_ADAPT`` and the classes of ``DATASETS.TRAIN``.
 
         Args:
             cfg: a config; where ``add_headadapt_config`` was not called, the defaults hold.
-            registered_only: a training set that is not registered leaves the target unknown instead of raising, as
-                when a model is only built to predict.
+            required: raise for a training set that cannot tell its classes, or a task whose classes nobody tells,
+                instead of leaving these classes unknown.
 
         Raises:
             ConfigError, ClassTableError, DatasetError: a key that cannot be used.
@@ -187,7 +187,7 @@ class AdaptSettings:
             key = f"TARGET_CLASSES{KEY_SUFFIXES[space]}"
             table = resolve_table(node[key], key=f"MODEL.HEAD_ADAPT.{key}", space=space)
             if table is None:
-                table = _training_table(cfg.DATASETS.TRAIN, space, registered_only)
+                table = training_table(cfg.DATASETS.TRAIN, space, required=required)
             if table is not None:
                 target[space] = table
         for name, named in source_tables(cfg).items():
@@ -195,7 +195,7 @@ class AdaptSettings:
                 initialise.add(name)
             else:
                 source[name] = named
-        target.update({spec.name: spec.table for spec in task_specs(cfg, registered_only=registered_only)})
+        target.update({spec.name: spec.table for spec in task_specs(cfg, required=required)})
         return cls(
             target,
             source,
@@ -228,15 +228,6 @@ def _named(value: Named, key: str, space: str) -> ClassTable:
     return table
 
 
-def _training_table(names: Sequence[str], space: str, registered_only: bool) -> ClassTable | None:
-    try:
-        return training_table(names, space) if len(names) else None
-    except DatasetError:
-        if registered_only:
-            return None
-        raise
-
-
 def with_keys(cfg: CfgNode) -> CfgNode:
     """``cfg`` itself where it has this package's keys, else a clone that does."""
     if "HEAD_ADAPT" in cfg.MODEL:
@@ -248,6 +239,15 @@ def with_keys(cfg: CfgNode) -> CfgNode:
     if frozen:
         cfg.freeze()
     return cfg
+
+
+def write_tables(cfg: CfgNode, target: Mapping[str, ClassTable]) -> None:
+    """Write each target table under its key as a list of names, in place."""
+    for space, table in target.items():
+        if space in KEY_SUFFIXES:
+            cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{KEY_SUFFIXES[space]}"] = list(table.names)
+        else:
+            cfg.MODEL.TASKS[space]["classes"] = list(table.names)
 
 
 def apply_num_classes(cfg: CfgNode, target: Mapping[str, ClassTable]) -> list[str]:

@@ -7,6 +7,7 @@ cut out of the file where that is safe, and the whole is parsed only where it is
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import mmap
 import os
@@ -25,9 +26,14 @@ _KEY = b'"categories"'
 _COLON = re.compile(rb"\s*:\s*")
 _WINDOW = 1 << 16
 
+_read: dict[str, tuple[tuple[int, ...], list[Category]]] = {}
+"""Path -> what the file was like, and its categories: one load asks for them again and again."""
+
 
 def read_categories(json_file: str) -> list[Category]:
     """The categories of a COCO json, in the order of their ids: class i of the dataset is the i-th of them.
+
+    A file that is as it was is not read again.
 
     Args:
         json_file: path or URI.
@@ -35,9 +41,21 @@ def read_categories(json_file: str) -> list[Category]:
     Raises:
         DatasetError: the file cannot be read, is no JSON, or has no usable ``categories``.
     """
+    try:
+        local = PathManager.get_local_path(json_file)
+        now = os.stat(local)
+    except OSError as error:
+        raise _unreadable(json_file, f"{type(error).__name__}: {error}") from error
+    state = (now.st_ino, now.st_mtime_ns, now.st_size)
+    if _read.get(json_file, (None,))[0] != state:
+        _read[json_file] = (state, _parse(json_file, local))
+    return copy.deepcopy(_read[json_file][1])
+
+
+def _parse(json_file: str, local: str) -> list[Category]:
     payload: Any = None
     try:
-        with open(PathManager.get_local_path(json_file), "rb") as file:
+        with open(local, "rb") as file:
             categories = _cut_out(file)
             if categories is None:
                 file.seek(0)

@@ -206,8 +206,13 @@ def _names_without_metadata(name: str, key: str, space: str) -> Sequence[str] | 
     return names
 
 
-def training_table(names: Sequence[str], space: str = "thing") -> ClassTable | None:
+def training_table(names: Sequence[str], space: str = "thing", *, required: bool = True) -> ClassTable | None:
     """The one table of several training datasets; those without classes in ``space`` do not count.
+
+    Args:
+        names: of ``DATASETS.TRAIN``.
+        space: label space.
+        required: raise for a dataset that is not registered or cannot be read; else there is no table then.
 
     Raises:
         ConfigError: ``names`` is one string; ``("my_train")`` is, without its comma.
@@ -222,7 +227,12 @@ def training_table(names: Sequence[str], space: str = "thing") -> ClassTable | N
         )
     first: ClassTable | None = None
     for name in names:
-        table = dataset_table(name, space)
+        try:
+            table = dataset_table(name, space)
+        except DatasetError:
+            if required:
+                raise
+            return None
         if table is not None and first is not None:
             _refuse_difference(
                 first, table, "DATASETS.TRAIN", "Train on datasets with one and the same list of classes."

@@ -17,7 +17,7 @@ from .task_spec import TaskSpec, task_specs
 logger = logging.getLogger(__name__)
 
 
-def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), registered_only: bool = False) -> None:
+def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), required: bool = False) -> None:
     """Make the labels of registered datasets indices of the classes that the model predicts.
 
     Datasets of ``DATASETS.REGISTER`` keep names in their files; from here on, loading one gives indices of the class
@@ -26,7 +26,7 @@ def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), registered_only: boo
     Args:
         cfg: its datasets are registered.
         also: datasets beside those of ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        registered_only: see :func:`d2_headadapt.data.task_spec.task_specs`.
+        required: see :func:`d2_headadapt.data.task_spec.task_specs`.
 
     Raises:
         ConfigError, ClassTableError: a task that cannot be used.
@@ -44,7 +44,7 @@ def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), registered_only: boo
     for node in bare.MODEL.get("TASKS", {}).values():
         if isinstance(node, CfgNode) and node.get("class_weights") == "balanced":
             node.class_weights = None
-    specs = {spec.name: spec for spec in task_specs(bare, registered_only=registered_only)}
+    specs = {spec.name: spec for spec in task_specs(bare, required=required)}
     for name in names:
         facts = task_facts(name)
         for task in facts:
@@ -94,8 +94,8 @@ def training_dicts(cfg: CfgNode, specs: Sequence[TaskSpec] | None = None) -> lis
     Raises:
         DatasetError: a task without any label, or see :func:`settle_tasks`.
     """
-    settle_tasks(cfg)
-    specs = task_specs(cfg) if specs is None else specs
+    settle_tasks(cfg, required=True)
+    specs = task_specs(cfg, required=True) if specs is None else specs
     on_images = [spec.name for spec in specs if spec.on == "image"]
     filters = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
@@ -117,6 +117,23 @@ def training_dicts(cfg: CfgNode, specs: Sequence[TaskSpec] | None = None) -> lis
         holders = dicts if spec.on == "image" else (ann for one in dicts for ann in one.get("annotations", ()))
         if not any(_is_known(holder, spec.name) for holder in holders):
             raise _without_labels(spec.name, cfg.DATASETS.TRAIN)
+    return dicts
+
+
+def every_training_dict(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Load the dataset dicts of ``DATASETS.TRAIN``, those of images without objects included; ids are contiguous.
+
+    Raises:
+        DatasetError: a dataset that shows no image, or whose labels do not fit its classes.
+    """
+    # Only from here on the labels of tasks are indices.
+    settle_tasks(cfg, required=True)
+    try:
+        dicts: list[dict[str, Any]] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+    except AssertionError as exc:
+        raise DatasetError(
+            "DATASETS.TRAIN", expected="datasets with images", found=str(exc), fix="Correct the dataset."
+        ) from exc
     return dicts
 
 

@@ -6,7 +6,8 @@ Where ``cfg.MODEL.TASKS`` is not empty, ``Trainer.build_train_loader(cfg)`` retu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class TaskMapper(DatasetMapper):
         if cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier" and cfg.MODEL.CLASSIFIER.POOLING == "flatten":
             # Flattened features have one width, so images have one size, which detectron2 has no key for.
             found["augmentations"].append(T.Resize(tuple(cfg.MODEL.CLASSIFIER.INPUT_SIZE)))
-        return {**found, "tasks": task_specs(cfg, registered_only=not is_train)}
+        return {**found, "tasks": task_specs(cfg, required=is_train)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         mapped: dict[str, Any] = super().__call__(dataset_dict)
@@ -140,7 +141,34 @@ def build_task_test_loader(cfg: CfgNode, name: str, **kwargs: Any) -> Iterable[l
         name: a registered dataset.
         kwargs: others of ``build_detection_test_loader``, such as ``mapper`` or ``batch_size``.
     """
-    settle_tasks(cfg, also=[name], registered_only=True)
+    settle_tasks(cfg, also=[name])
     mapper = kwargs.pop("mapper", None) or TaskMapper(cfg, False)
     loader: Iterable[list[Mapping[str, Any]]] = build_detection_test_loader(cfg, name, mapper=mapper, **kwargs)
     return loader
+
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+"""Turns a dataset's entry into ``{"image": (C, H, W), "instances": Instances}``, at test resolution, without chance.
+
+With tasks on images it also gives ``tasks``: labels by task, as a task head takes those of
+one image. Those on boxes are fields ``gt_<task>`` of the instances.
+"""
+
+
+def mapper_at_test_size(cfg: CfgNode) -> Mapper:
+    """Images as the model will see them when it predicts, with their labels, and without any augmentation."""
+    size = cfg.INPUT.MIN_SIZE_TEST
+    kind: Callable[..., Mapper] = DatasetMapper
+    augmentations = [T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)] if size else []
+    if cfg.MODEL.get("TASKS"):
+        in_tests = TaskMapper.from_config(cfg, False)
+        # A classifier that flattens has images of one size.
+        kind, augmentations = partial(TaskMapper, tasks=in_tests["tasks"]), in_tests["augmentations"]
+    mapper = kind(
+        is_train=True,
+        augmentations=augmentations,
+        image_format=cfg.INPUT.FORMAT,
+        use_instance_mask=cfg.MODEL.MASK_ON,
+        instance_mask_format=cfg.INPUT.MASK_FORMAT,
+    )
+    return mapper

@@ -60,14 +60,13 @@ class TaskSpec:
         return self.kind == "multi"
 
 
-def task_specs(cfg: CfgNode, *, on: str | None = None, registered_only: bool = False) -> tuple[TaskSpec, ...]:
+def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -> tuple[TaskSpec, ...]:
     """The tasks of a config, in its order.
 
     Args:
         cfg: with ``MODEL.TASKS``; without the key there is none.
         on: only tasks of this level.
-        registered_only: tasks whose classes no registered dataset tells are left out instead of raising, as when a
-            model is only built to predict.
+        required: raise for a task whose classes nobody tells, instead of leaving it out.
 
     Raises:
         ConfigError: a task, or a key of one, that cannot be used.
@@ -88,7 +87,7 @@ def task_specs(cfg: CfgNode, *, on: str | None = None, registered_only: bool = F
         values = checked_task(name, node)
         if on is not None and values["on"] != on:
             continue
-        table = _classes(cfg, name, values, registered_only)
+        table = _classes(cfg, name, values, required)
         if table is not None:
             found.append(_spec(cfg, name, values, table))
     return tuple(found)
@@ -164,7 +163,7 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     return values
 
 
-def _classes(cfg: CfgNode, name: str, values: Mapping[str, Any], registered_only: bool) -> ClassTable | None:
+def _classes(cfg: CfgNode, name: str, values: Mapping[str, Any], required: bool) -> ClassTable | None:
     key = f"MODEL.TASKS.{name}.classes"
     if values["classes"] is not None:
         return resolve_table(values["classes"], key=key, space=name)
@@ -182,7 +181,7 @@ def _classes(cfg: CfgNode, name: str, values: Mapping[str, Any], registered_only
                 fix=f"List the classes of both: {key} \"['first', 'second']\".",
             )
         first = first or table
-    if first is None and not registered_only:
+    if first is None and required:
         raise ConfigError(
             key,
             expected="the classes of the task",

@@ -188,8 +188,8 @@ class DoctorContext:
     def _settings(self) -> AdaptSettings:
         cfg = self.part("registered").clone()
         cfg.defrost()
-        settle_tasks(cfg)
-        return AdaptSettings.from_config(cfg)
+        settle_tasks(cfg, required=True)
+        return AdaptSettings.from_config(cfg, required=True)
 
     def _recipe(self) -> Recipe:
         if self.ready is not None:

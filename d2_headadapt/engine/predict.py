@@ -61,7 +61,7 @@ class Predictor:
         self.model.eval()
         plan = self.checkpointer.plan
         self.tables: Mapping[str, ClassTable] = plan.target if plan is not None else recipe.settings.target
-        self.specs: tuple[TaskSpec, ...] = task_specs(self.cfg, registered_only=True)
+        self.specs: tuple[TaskSpec, ...] = task_specs(self.cfg)
         things = self.tables.get("thing")
         self.metadata = Metadata(thing_classes=list(things.names)) if things is not None else None
         self.resize = T.AugmentationList(recipe.test_augmentations())

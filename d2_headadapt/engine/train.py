@@ -78,7 +78,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         with building():
             model: nn.Module = super().build_model(cfg)
-        attach_settings(model, AdaptSettings.from_config(cfg))
+        attach_settings(model, AdaptSettings.from_config(cfg, required=True))
         frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)
         if frozen:
             logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))
@@ -92,7 +92,7 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.HEAD_ADAPT.FIT.ENABLED:
             hooks.insert(0, FitHook.from_config(cfg, lambda: self.checkpointer.rows_to_fit()))
         # Before all others, because an evaluation calls the model too.
-        hooks.insert(0, UntrainedHeads(task_specs(cfg, registered_only=True)))
+        hooks.insert(0, UntrainedHeads(task_specs(cfg)))
         return hooks
 
     @classmethod

@@ -165,7 +165,7 @@ def _evaluator(recipe: LazyRecipe) -> DatasetEvaluator | list[DatasetEvaluator] 
         return build_evaluator(recipe.config, _only(names)) if names else None
     made = built(node, "dataloader.evaluator")
     evaluators: list[DatasetEvaluator] = [made] if isinstance(made, DatasetEvaluator) else list(made)
-    specs = task_specs(recipe.config, registered_only=True)
+    specs = task_specs(recipe.config)
     if specs:
         # Here, because scikit-learn takes two seconds to import, which nobody without tasks should wait for.
         from ..evaluation.task_evaluator import TaskEvaluator
@@ -231,7 +231,7 @@ class _PlanInRecord(HookBase):
 def _hooks(recipe: LazyRecipe, model: nn.Module, checkpointer: HeadAdaptCheckpointer) -> list[HookBase | None]:
     """Those of detectron2's lazyconfig_train_net.py, with what ``Trainer`` adds in front."""
     lazy, cfg, main_process = recipe.lazy, recipe.config, comm.is_main_process()
-    found: list[HookBase | None] = [UntrainedHeads(task_specs(cfg, registered_only=True))]
+    found: list[HookBase | None] = [UntrainedHeads(task_specs(cfg))]
     if cfg.MODEL.HEAD_ADAPT.FIT.ENABLED:
         fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
         rows = checkpointer.rows_to_fit

@@ -75,6 +75,6 @@ def _task_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[Datas
     # Here, because scikit-learn takes two seconds to import, which nobody without tasks should wait for.
     from .task_evaluator import TaskEvaluator
 
-    settle_tasks(cfg, also=[dataset_name], registered_only=True)
-    specs = task_specs(cfg, registered_only=True)
+    settle_tasks(cfg, also=[dataset_name])
+    specs = task_specs(cfg)
     return [TaskEvaluator(dataset_name, specs, folder)] if specs else []

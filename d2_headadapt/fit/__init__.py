@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names as _lazy_names
 
 if TYPE_CHECKING:
+    from ..data.task_datasets import every_training_dict as training_dicts  # noqa: F401
+    from ..data.task_mapper import Mapper as Mapper
+    from ..data.task_mapper import mapper_at_test_size as mapper_at_test_size
     from .fit import fit_new_rows as fit_new_rows
     from .hook import FitHook as FitHook
-    from .hook import mapper_at_test_size as mapper_at_test_size
-    from .hook import training_dicts as training_dicts
-    from .images import Mapper as Mapper
     from .report import fit_json as fit_json
     from .report import fit_lines as fit_lines
     from .settings import FitReport as FitReport
@@ -22,13 +22,13 @@ _HOMES = {
     "FitHook": "hook",
     "FitReport": "settings",
     "FitSettings": "settings",
-    "Mapper": "images",
+    "Mapper": ".data.task_mapper",
     "PartReport": "settings",
     "fit_json": "report",
     "fit_lines": "report",
     "fit_new_rows": "fit",
-    "mapper_at_test_size": "hook",
-    "training_dicts": "hook",
+    "mapper_at_test_size": ".data.task_mapper",
+    "training_dicts": ".data.task_datasets:every_training_dict",
 }
 __all__ = [*_HOMES]
 __getattr__, __dir__ = _lazy_names(__name__, _HOMES)

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapt.classes import SPACES
+from ..data.task_mapper import Mapper
 from ..modeling.task_dry_run import evaluating
 from .boxes import fit_boxes
 from .dense import fit_dense
-from .images import FeatureCache, ImageStream, Mapper, choose_images, random_states_kept
+from .images import FeatureCache, ImageStream, choose_images, random_states_kept
 from .masks import fit_masks
 from .rows import RowWriter
 from .rpn import fit_rpn

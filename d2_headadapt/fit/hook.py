@@ -10,56 +10,17 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.data import transforms as T
 from detectron2.engine import HookBase
 
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
-from ..data.task_datasets import settle_tasks
-from ..data.task_mapper import TaskMapper
-from ..errors import DatasetError
+from ..data.task_datasets import every_training_dict
+from ..data.task_mapper import Mapper, mapper_at_test_size
 from .fit import fit_new_rows
-from .images import FeatureCache, Mapper
+from .images import FeatureCache
 from .lookahead import EVERY, CalmSettings, Lookahead, forget_momentum
 from .settings import FitReport, FitSettings
 
 logger = logging.getLogger(__name__)
-
-
-def mapper_at_test_size(cfg: CfgNode) -> Mapper:
-    """Images as the model will see them when it predicts, with their labels, and without any augmentation."""
-    size = cfg.INPUT.MIN_SIZE_TEST
-    kind: Callable[..., Mapper] = DatasetMapper
-    augmentations = [T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)] if size else []
-    if cfg.MODEL.get("TASKS"):
-        in_tests = TaskMapper.from_config(cfg, False)
-        # A classifier that flattens has images of one size.
-        kind, augmentations = partial(TaskMapper, tasks=in_tests["tasks"]), in_tests["augmentations"]
-    mapper = kind(
-        is_train=True,
-        augmentations=augmentations,
-        image_format=cfg.INPUT.FORMAT,
-        use_instance_mask=cfg.MODEL.MASK_ON,
-        instance_mask_format=cfg.INPUT.MASK_FORMAT,
-    )
-    return mapper
-
-
-def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
-    """The images of ``DATASETS.TRAIN``, those without objects included, category ids contiguous.
-
-    Raises:
-        DatasetError: a dataset that shows no image, or whose labels do not fit its classes.
-    """
-    # Only from here on the labels of tasks are indices.
-    settle_tasks(cfg)
-    try:
-        dicts: list[dict[str, Any]] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
-    except AssertionError as exc:
-        raise DatasetError(
-            "DATASETS.TRAIN", expected="datasets with images", found=str(exc), fix="Correct the dataset."
-        ) from exc
-    return dicts
 
 
 class FitHook(HookBase):
@@ -101,7 +62,7 @@ class FitHook(HookBase):
     def from_config(cls, cfg: CfgNode, new: Callable[[], Mapping[str, Sequence[int]]]) -> FitHook:
         """The hook for the training sets of a config, with the keys under ``MODEL.HEAD_ADAPT.FIT``."""
         fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
-        return cls(partial(training_dicts, cfg), mapper_at_test_size(cfg), new, fit, calm)
+        return cls(partial(every_training_dict, cfg), mapper_at_test_size(cfg), new, fit, calm)
 
     def before_train(self) -> None:
         """Fit, unless this run continues an earlier one."""

@@ -10,7 +10,7 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,17 +21,11 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from tqdm import tqdm
 
+from ..data.task_mapper import Mapper
 from .reservoir import image_key
 from .settings import FitSettings
 
 logger = logging.getLogger(__name__)
-
-Mapper = Callable[[dict[str, Any]], dict[str, Any]]
-"""Turns a dataset's entry into ``{"image": (C, H, W), "instances": Instances}``, at test resolution, without chance.
-
-With tasks on images it also gives ``tasks``: labels by task, as a task head takes those of
-one image. Those on boxes are fields ``gt_<task>`` of the instances.
-"""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class MultiTaskClassifier(nn.Module):
         """
         node = cfg.MODEL.CLASSIFIER
         # A task whose classes nobody tells would be a head that is silently not there.
-        specs = task_specs(cfg)
+        specs = task_specs(cfg, required=True)
         on_boxes = [spec.name for spec in specs if spec.on != "image"]
         if on_boxes:
             raise ConfigError(
@@ -158,7 +158,7 @@ class MultiTaskClassifier(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "input_size": node.INPUT_SIZE,
             "dry_batch": min(cfg.SOLVER.IMS_PER_BATCH, MOST_IMAGES),
-            "settings": AdaptSettings.from_config(cfg, registered_only=True),
+            "settings": AdaptSettings.from_config(cfg),
         }
 
     def build_heads(self, in_features: int, specs: Sequence[TaskSpec]) -> TaskHeads:

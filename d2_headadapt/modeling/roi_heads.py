@@ -57,13 +57,13 @@ class KnowsItsClasses:
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """The stock class's arguments, for the class count of the target table."""
-        settings = AdaptSettings.from_config(cfg, registered_only=True)
+        settings = AdaptSettings.from_config(cfg)
         cfg = with_keys(cfg).clone()
         cfg.defrost()
         apply_num_classes(cfg, settings.target)
         ret: dict[str, Any] = super().from_config(cfg, input_shape)  # type: ignore[misc]
         table = settings.target.get("thing")
-        tasks = task_specs(cfg, on="box", registered_only=True)
+        tasks = task_specs(cfg, on="box")
         if "box_predictor" in ret:
             ret["box_predictor"] = _ours(cfg, ret["box_predictor"], table, tasks)
         if "box_predictors" in ret:

@@ -17,9 +17,9 @@ from torch import nn
 
 from ..adapt.classes import ClassTable
 from ..config.settings import AdaptSettings, apply_num_classes, attach_settings
+from ..data.task_datasets import every_training_dict
+from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..errors import ConfigError, UsageError
-from ..fit.hook import mapper_at_test_size, training_dicts
-from ..fit.images import Mapper
 from .build import build_on_meta, building
 from .lazy.loading import load
 from .lazy.mirror import mirror_of
@@ -78,11 +78,11 @@ class Recipe:
         return model
 
     def training_dicts(self) -> list[dict[str, Any]]:
-        """See :func:`d2_headadapt.fit.hook.training_dicts`."""
-        return training_dicts(self.config)
+        """See :func:`d2_headadapt.data.task_datasets.every_training_dict`."""
+        return every_training_dict(self.config)
 
     def mapper_at_test_size(self) -> Mapper:
-        """See :func:`d2_headadapt.fit.hook.mapper_at_test_size`."""
+        """See :func:`d2_headadapt.data.task_mapper.mapper_at_test_size`."""
         return mapper_at_test_size(self.config)
 
     def test_augmentations(self) -> list[Any]:
@@ -143,7 +143,7 @@ class LazyRecipe(Recipe):
 
     def training_dicts(self) -> list[dict[str, Any]]:
         if self.config.DATASETS.TRAIN:
-            return training_dicts(self.config)
+            return every_training_dict(self.config)
         # A function of the user's own knows its dataset itself.
         if target_of(select(self.lazy, "dataloader.train.dataset")) in (None, get_detection_dataset_dicts):
             raise no_training_set()
@@ -173,7 +173,7 @@ class LazyRecipe(Recipe):
     def with_tables(self, tables: Mapping[str, ClassTable]) -> LazyRecipe:
         cfg = self.config.clone()
         cfg.defrost()
-        made = prepare(self.lazy, reads_labels=False, registered_only=True, mirror=cfg, known=tables)
+        made = prepare(self.lazy, reads_labels=False, required=False, mirror=cfg, known=tables)
         return LazyRecipe(made.config, made.settings, made.lazy)
 
 

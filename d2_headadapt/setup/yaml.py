@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..adapt.classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from ..config.keys import add_headadapt_config
-from ..config.settings import AdaptSettings, apply_num_classes
+from ..config.settings import AdaptSettings, apply_num_classes, write_tables
 from ..data.datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
 from ..data.task_datasets import say_unused_tasks, settle_tasks
 from ..data.task_spec import complete_tasks
@@ -181,14 +181,17 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
 
 
 def settle_config(
-    cfg: CfgNode, *, reads_labels: bool = True, registered_only: bool = False, region_width: int | None = None
+    cfg: CfgNode, *, reads_labels: bool = True, required: bool = True, region_width: int | None = None
 ) -> AdaptSettings:
-    """Register datasets and settle the class tables and tasks; nothing of the model is written.
+    """Register datasets, settle the class tables and tasks, and write them into the config as plain lists, in place.
+
+    This is the one place that asks datasets, files and vocabularies for names. Whoever reads the config afterwards, or
+    the ``config.yaml`` that a run leaves behind, reads lists.
 
     Args:
         cfg: not frozen.
         reads_labels: see :func:`resolve_config`.
-        registered_only: a training set that is not registered leaves its classes unknown.
+        required: raise for a training set that is not registered, instead of leaving its classes unknown.
         region_width: C of the region features, where it is known.
 
     Raises:
@@ -197,11 +200,11 @@ def settle_config(
     _refuse_none(cfg)
     register_datasets(cfg.DATASETS.REGISTER)
     check_tasks(cfg)
-    settle_tasks(cfg, registered_only=registered_only or not reads_labels)
+    settle_tasks(cfg, required=required and reads_labels)
     say_unused_tasks(cfg)
     named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
-    settings = AdaptSettings.from_config(cfg, registered_only=registered_only or (bool(named) and not reads_labels))
+    settings = AdaptSettings.from_config(cfg, required=required and (reads_labels or not named))
     for space in named if not reads_labels else ():
         _say_what_wins(cfg, settings.target[space], space)
     if reads_labels:
@@ -212,6 +215,7 @@ def settle_config(
                     check_same_classes(table, name, space, which)
     for problem in refuse_text(cfg, settings.target.get("thing"), region_width=region_width):
         logger.warning("%s", problem.error())
+    write_tables(cfg, settings.target)
     return settings
 
 

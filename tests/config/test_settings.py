@@ -76,8 +76,8 @@ def test_a_class_called_none_is_a_list() -> None:
 def test_an_unregistered_training_set_is_an_error_except_where_a_model_is_only_built(animals: str) -> None:
     cfg = config(train=("d2ha_animal",))
     with pytest.raises(DatasetError, match=r"dataset 'd2ha_animal'.*Nearest: 'd2ha_animals'"):
-        AdaptSettings.from_config(cfg)
-    assert AdaptSettings.from_config(cfg, registered_only=True).target == {}
+        AdaptSettings.from_config(cfg, required=True)
+    assert AdaptSettings.from_config(cfg).target == {}
 
 
 def test_training_sets_that_disagree_are_an_error_even_then(animals: str) -> None:

@@ -331,7 +331,7 @@ from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.utils import comm
 
 from d2_headadapt import Trainer
-from d2_headadapt.ranks import digest
+from d2_headadapt.checkpoint.ranks import digest
 
 assert sys.modules["d2ha_probe"].__file__ == __file__
 

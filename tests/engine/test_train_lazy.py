@@ -248,8 +248,8 @@ from detectron2.layers import ShapeSpec
 import detectron2.data.transforms as T
 from detectron2.data import DatasetMapper
 from d2_headadapt import MultiTaskClassifier
-from d2_headadapt.tasks.backbones import ConvNet
-from d2_headadapt.tasks.pooling import MeanPooling
+from d2_headadapt.modeling.backbone import ConvNet
+from d2_headadapt.modeling.classifier import MeanPooling
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 optimizer = model_zoo.get_config("common/optim.py").SGD
 lr_multiplier = model_zoo.get_config("common/coco_schedule.py").lr_multiplier_1x

@@ -109,7 +109,7 @@ def _adopt_lazy() -> None:
     def apply_overrides(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = stock_overrides(cfg, *args, **kwargs)
         if is_lazy(cfg):
-            prepare(cfg, reads_labels=False, registered_only=True)
+            prepare(cfg, reads_labels=False, required=False)
         return cfg
 
     LazyConfig.load, LazyConfig.apply_overrides = staticmethod(load), staticmethod(apply_overrides)

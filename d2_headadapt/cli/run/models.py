@@ -80,8 +80,8 @@ def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
     own.defrost()
     if own.MODEL.TASKS:
         check_tasks(own)
-        settle_tasks(own, registered_only=True)
-    settings = AdaptSettings.from_config(own, registered_only=True)
+        settle_tasks(own)
+    settings = AdaptSettings.from_config(own)
     lines = apply_num_classes(own, settings.target)
     for line in lines:
         logger.info(line)

@@ -78,7 +78,7 @@ def adopt_trainer(*, fit: bool) -> None:
             hooks.insert(0, FitHook.from_config(self.cfg, lambda: self.checkpointer.rows_to_fit()))
         if self.cfg.MODEL.get("TASKS"):
             # Before all others, because an evaluation calls the model too.
-            hooks.insert(0, UntrainedHeads(task_specs(self.cfg, registered_only=True)))
+            hooks.insert(0, UntrainedHeads(task_specs(self.cfg)))
         return hooks
 
     DefaultTrainer.build_hooks = build_hooks

@@ -62,7 +62,7 @@ def preflight(cfg: CfgNode, target: ClassTable | None = None, *, region_width: i
         bundle = bundle_of(cfg)
     except HeadAdaptError as exc:
         return [*problems, Problem("HA401", "error", exc.where, exc.expected, exc.found, exc.fix)]
-    target = target or AdaptSettings.from_config(cfg, registered_only=True).target.get("thing")
+    target = target or AdaptSettings.from_config(cfg).target.get("thing")
     if not reads_text(cfg):
         # Nearest rows need no class in the file: one that is not there keeps its recipe.
         return problems + check_bundle(bundle)

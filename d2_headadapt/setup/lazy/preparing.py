@@ -54,7 +54,7 @@ def prepare(
     lazy: DictConfig,
     *,
     reads_labels: bool = True,
-    registered_only: bool = False,
+    required: bool = True,
     mirror: CfgNode | None = None,
     known: Mapping[str, ClassTable] | None = None,
 ) -> Prepared:
@@ -67,7 +67,7 @@ def prepare(
         lazy: a LazyConfig with ``model`` and, where classes are not named, ``dataloader``; ``head_adapt`` holds the
             keys of :mod:`d2_headadapt.config.keys` in lower case.
         reads_labels: the run trains or evaluates, so the model's classes must be those of its datasets.
-        registered_only: a training set that is not registered leaves its classes unknown instead of raising.
+        required: raise for a training set that is not registered, instead of leaving its classes unknown.
         mirror: of :func:`d2_headadapt.setup.lazy.mirror.mirror_of`, where it was changed.
         known: class tables of a checkpoint, for label spaces that the config leaves open.
 
@@ -79,15 +79,12 @@ def prepare(
     """
     make_absolute(lazy.get(NODE), os.getcwd())
     cfg = mirror_of(lazy) if mirror is None else mirror
-    settings = settle_config(
-        cfg, reads_labels=reads_labels, registered_only=registered_only, region_width=_region_width(lazy.model)
-    )
+    settings = settle_config(cfg, reads_labels=reads_labels, required=required, region_width=_region_width(lazy.model))
     if known:
         settings = replace(settings, target={**known, **settings.target})
     apply_num_classes(cfg, settings.target)
     # A classifier of images without one of its heads would be another model.
-    lenient = registered_only or (not reads_labels and not _is_kind(lazy.model, MultiTaskClassifier))
-    specs = task_specs(cfg, registered_only=lenient)
+    specs = task_specs(cfg, required=required and (reads_labels or _is_kind(lazy.model, MultiTaskClassifier)))
     given = _given_to_heads(lazy.model, cfg, settings, specs)
     # From here on nothing fails.
     for line in write_counts(lazy.model, settings.target):
