@@ -69,6 +69,7 @@ class TensorPlan:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
+        """Write the plain form, of types that JSON has."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         for name in ("source_shape", "target_shape"):
             data[name] = None if data[name] is None else list(data[name])
@@ -77,6 +78,7 @@ class TensorPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorPlan:
+        """Read it back from ``data`` as :meth:`to_json` wrote it; keys that this version does not know are ignored."""
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         for name in ("source_shape", "target_shape"):
             known[name] = None if known.get(name) is None else tuple(known[name])
@@ -119,14 +121,16 @@ class AdaptPlan:
     layouts: tuple[HeadLayout, ...] = ()
 
     def space_of(self, tensor: str) -> str:
-        """The label space of a tensor's classes; empty where it has none."""
+        """Look up the label space of a tensor's classes; empty where it has none."""
         return next((t.space or "" for t in self.tensors if t.name == tensor), "")
 
     def by_action(self, *actions: str) -> tuple[TensorPlan, ...]:
+        """Pick the tensors that one of ``actions`` happens to, in the plan's order."""
         return tuple(t for t in self.tensors if t.action in actions)
 
     @property
     def refused(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose shapes contradict the class tables; a plan with one is not applied."""
         return self.by_action("refused")
 
     @property
@@ -135,7 +139,7 @@ class AdaptPlan:
         return not self.by_action("copied", "carried")
 
     def class_map(self, space: str) -> ClassMap | None:
-        """The map of one label space, read back from its tensors; ``None`` where none of them was matched."""
+        """Look up the map of one label space, read back from its tensors; ``None`` where none of them was matched."""
         if space not in self.source or space not in self.target:
             return None
         for t in sorted(self.tensors, key=lambda t: t.action == "initialised"):
@@ -147,7 +151,7 @@ class AdaptPlan:
         return None
 
     def new_classes(self) -> dict[str, tuple[str, ...]]:
-        """Names of the classes, by space, of which some row stays as the model was constructed."""
+        """Name the classes, by space, of which some row stays as the model was constructed."""
         found: dict[str, set[int]] = {}
         for t in self.tensors:
             if t.space is not None and t.action in ("carried", "initialised") and t.new:
@@ -176,7 +180,7 @@ class AdaptPlan:
         return sum(map(_has_place, in_file)) / len(in_file) if in_file else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Counts by action, by head group, and of classes by label space."""
+        """Count tensors by action and by head group, and classes by label space."""
         groups: dict[str, Counter[str]] = {}
         classes: dict[str, dict[str, int]] = {}
         for t in self.tensors:
@@ -200,7 +204,7 @@ class AdaptPlan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The stable form: plain types only, class numbers as indices."""
+        """Write the stable form: plain types only, class numbers as indices."""
         return {
             "version": PLAN_VERSION,
             "source": {space: list(table.names) for space, table in self.source.items()},
@@ -212,7 +216,10 @@ class AdaptPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> AdaptPlan:
-        """Read :meth:`to_json`'s form, or its text.
+        """Read a plan back.
+
+        Args:
+            data: what :meth:`to_json` wrote, or its text.
 
         Raises:
             PlanRefused: not a plan, or of a higher version.
@@ -270,7 +277,12 @@ class AdaptPlan:
         return out
 
     def tensor_map(self, t: TensorPlan, layout: HeadLayout) -> ClassMap:
-        """The class map of one carried tensor."""
+        """Look up the class map of one tensor.
+
+        Args:
+            t: a carried tensor of this plan.
+            layout: its layout.
+        """
         space = layout.space
         rows = dict(t.carried)
         return ClassMap(
@@ -278,7 +290,11 @@ class AdaptPlan:
         )
 
     def raise_if_refused(self) -> None:
-        """Raise for the first refused tensor."""
+        """Raise where the plan refuses a tensor.
+
+        Raises:
+            PlanRefused: names the first one.
+        """
         for t in self.refused:
             raise PlanRefused(t.name, expected="one meaning", found=t.reason, fix="Nothing was loaded.")
 

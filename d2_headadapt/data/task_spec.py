@@ -61,7 +61,7 @@ class TaskSpec:
 
 
 def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -> tuple[TaskSpec, ...]:
-    """The tasks of a config, in its order.
+    """Read the tasks of a config, in its order.
 
     Args:
         cfg: with ``MODEL.TASKS``; without the key there is none.
@@ -75,7 +75,7 @@ def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -
     Example:
         >>> from detectron2.config import CfgNode, get_cfg
         >>> from d2_headadapt import add_headadapt_config
-        >>> from d2_headadapt.data.task_spec import task_specs
+        >>> from d2_headadapt.data import task_specs
         >>> cfg = get_cfg()
         >>> add_headadapt_config(cfg)
         >>> cfg.MODEL.TASKS.colour = CfgNode({"on": "box", "classes": ["red", "blue"], "loss_weight": 0.5})

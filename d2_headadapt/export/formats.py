@@ -156,7 +156,15 @@ class ExportedModel:
 
     @classmethod
     def open(cls, path: str) -> ExportedModel:
-        """The model of a file."""
+        """Open a file that ``d2-headadapt export`` wrote.
+
+        Args:
+            path: whatever detectron2's ``PathManager`` understands.
+
+        Raises:
+            CheckpointFileError: another file.
+            ExportError: an ONNX file, and a package to run it is not installed.
+        """
         try:
             with open(PathManager.get_local_path(path), "rb") as file:
                 return cls(file.read(), path)

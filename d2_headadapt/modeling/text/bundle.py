@@ -60,7 +60,7 @@ class TextBundle:
         return int(self.matrix.shape[1])
 
     def rows_for(self, target: ClassTable, aliases: Sequence[str] = ()) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """The rows of ``target``, picked by name.
+        """Pick the rows of ``target`` by name.
 
         Args:
             target: the classes wanted.
@@ -78,7 +78,10 @@ class TextBundle:
         return self.matrix[torch.tensor(found, dtype=torch.int64, device=self.matrix.device)], missing
 
     def require(self, target: ClassTable, aliases: Sequence[str] = ()) -> torch.Tensor:
-        """The (K', D) rows of ``target``.
+        """Pick the (K', D) rows of ``target``; raise where one is missing.
+
+        Args:
+            target, aliases: as :meth:`rows_for`.
 
         Raises:
             TextError: classes that the file lacks, with the nearest names it has.
@@ -90,7 +93,7 @@ class TextBundle:
         return rows
 
     def lacks(self, target: ClassTable, missing: Sequence[str]) -> TextError:
-        """The error for classes of ``target`` that have no row."""
+        """Make the error for the classes of ``target`` that have no row, which ``missing`` names."""
         near = "".join(f" For {name!r}:{did_you_mean(name, self.names.names)}" for name in missing[:5])
         return TextError(
             f"{FILE_KEY}, {self.path}",
