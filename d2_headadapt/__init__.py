@@ -21,6 +21,8 @@ from .registration import register_components as _register_components
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .adapt.causes import Cause as Cause
+    from .adapt.causes import Why as Why
     from .adapt.classes import ClassMap as ClassMap
     from .adapt.classes import ClassTable as ClassTable
     from .adapt.detectron2_heads import layouts_of as layouts_of
@@ -65,6 +67,7 @@ _HOMES = {
     "PREDICTOR_REGISTRY": "modeling.predictor",
     "AdaptPlan": "adapt.plan",
     "AdaptSettings": "config.settings",
+    "Cause": "adapt.causes",
     "ClassMap": "adapt.classes",
     "ClassTable": "adapt.classes",
     "HeadAdaptCascadeROIHeads": "modeling.roi_heads",
@@ -79,6 +82,7 @@ _HOMES = {
     "TensorPlan": "adapt.plan",
     "TextBundle": "modeling.text.bundle",
     "Trainer": "engine.train",
+    "Why": "adapt.causes",
     "adapt_state_dict": "engine.own_loop",
     "add_headadapt_config": "config.keys",
     "build_on_meta": "setup.build",

@@ -7,6 +7,7 @@
     |-- DatasetError            a dataset is not registered, not readable, or disagrees with another
     |-- LayoutError             a declared layout does not describe the tensor it names
     |-- CheckpointFileError     a file cannot be read or written safely
+    |   `-- NotFetchedError     an address gives no file; the network may be what is missing
     |-- PlanRefused             nothing may be loaded: wrong architecture, damaged values, refused tensors
     |-- ResumeError             a run cannot be continued from this file
     |-- ExportError             a model has no such form, or its exported form gives other numbers
@@ -28,6 +29,7 @@ __all__ = [
     "ExportError",
     "HeadAdaptError",
     "LayoutError",
+    "NotFetchedError",
     "PlanRefused",
     "RankError",
     "ResumeError",
@@ -96,6 +98,10 @@ class LayoutError(HeadAdaptError):
 
 class CheckpointFileError(HeadAdaptError):
     """A file that cannot be read or written safely."""
+
+
+class NotFetchedError(CheckpointFileError):
+    """An address that gives no file; the network may be what is missing."""
 
 
 class PlanRefused(HeadAdaptError):

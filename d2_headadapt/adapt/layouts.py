@@ -161,14 +161,19 @@ class HeadLayout:
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
-        """Write the plain form that provenance stores."""
+        """Write the plain form that plans and checkpoints store."""
         return {
             "tensor": self.tensor,
             "space": self.space,
+            "group": self.group,
+            "part": self.part,
             "axes": [list(axis) for axis in self.axes],
             "rows_per_class": self.rows_per_class,
             "groups": self.groups,
             "extra": self.extra,
+            "rebuilt": self.rebuilt,
+            "by_choice": self.by_choice,
+            "given": self.given,
         }
 
     @classmethod
@@ -193,6 +198,7 @@ class HeadLayout:
                 extra=int(data["extra"]),
                 rebuilt=bool(data.get("rebuilt", False)),
                 by_choice=bool(data.get("by_choice", False)),
+                given=str(data.get("given", "")),
             )
         except (KeyError, TypeError, ValueError) as exc:
             raise LayoutError(

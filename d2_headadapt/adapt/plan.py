@@ -18,17 +18,18 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..errors import PlanRefused
+from .causes import Cause, Shape, Why, sentence
 from .classes import ClassMap, ClassTable
 from .layouts import HeadLayout
 
 PLAN_VERSION = 1
 ACTIONS = ("copied", "carried", "initialised", "kept", "dropped", "refused")
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TensorPlan:
         dropped: source classes that nobody takes.
         background: the rows that belong to no class (background) come from the file.
         verified: the class tables of both sides are known, or the tensor has no classes.
-        reason: why, in words.
+        why: the cause with the facts to it.
 
     Example:
         >>> from d2_headadapt import TensorPlan
@@ -66,20 +67,32 @@ class TensorPlan:
     dropped: tuple[int, ...] = ()
     background: bool = False
     verified: bool = True
-    reason: str = ""
+    why: Why = field(default_factory=Why)
+
+    @property
+    def cause(self) -> Cause:
+        """Why, as a value to decide by."""
+        return self.why.cause
+
+    @property
+    def reason(self) -> str:
+        """Why, in words for people."""
+        return sentence(self.why)
 
     def to_json(self) -> dict[str, Any]:
-        """Write the plain form, of types that JSON has."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Write plain types; ``cause`` and ``facts`` are for programs, ``reason`` is for people."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "why"}
         for name in ("source_shape", "target_shape"):
             data[name] = None if data[name] is None else list(data[name])
         data["carried"] = [list(pair) for pair in self.carried]
-        return {**data, "new": list(self.new), "dropped": list(self.dropped)}
+        data.update(new=list(self.new), dropped=list(self.dropped))
+        return {**data, "cause": self.cause.value, "facts": self.why.facts(), "reason": self.reason}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorPlan:
-        """Read it back from ``data`` as :meth:`to_json` wrote it; keys that this version does not know are ignored."""
-        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+        """Read back ``data`` of :meth:`to_json`; without a cause, or with one of a later version, the reason is kept."""
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name != "why"}
+        known["why"] = Why.from_facts(data.get("cause"), data.get("facts", {}), str(data.get("reason", "")))
         for name in ("source_shape", "target_shape"):
             known[name] = None if known.get(name) is None else tuple(known[name])
         known["carried"] = tuple((int(t), int(s)) for t, s in known.get("carried", ()))
@@ -96,6 +109,8 @@ class AdaptPlan:
         tensors: in model order, then what the file has beside it.
         source, target: the class tables by label space, as far as they are known.
         layouts: of the model's head tensors; they expand class indices to tensor rows.
+        maps: by label space, which class takes which: one of them for all tensors of the space that take anything. A
+            space has none where its classes were not matched.
 
     Example:
         >>> import torch
@@ -119,10 +134,29 @@ class AdaptPlan:
     source: Mapping[str, ClassTable] = field(default_factory=dict)
     target: Mapping[str, ClassTable] = field(default_factory=dict)
     layouts: tuple[HeadLayout, ...] = ()
+    maps: Mapping[str, ClassMap] = field(default_factory=dict)
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, TensorPlan]:
+        # Of two entries of one name the first is the model's.
+        return {t.name: t for t in reversed(self.tensors)}
+
+    @cached_property
+    def _layouts(self) -> Mapping[str, HeadLayout]:
+        return {layout.tensor: layout for layout in self.layouts}
+
+    def tensor(self, name: str) -> TensorPlan | None:
+        """Look up what happens to the tensor ``name``; ``None`` where neither file nor model has it."""
+        return self._tensors.get(name)
+
+    def layout(self, tensor: str) -> HeadLayout | None:
+        """Look up where the classes of ``tensor`` are; ``None`` where no layout names it."""
+        return self._layouts.get(tensor)
 
     def space_of(self, tensor: str) -> str:
         """Look up the label space of a tensor's classes; empty where it has none."""
-        return next((t.space or "" for t in self.tensors if t.name == tensor), "")
+        found = self.tensor(tensor)
+        return found.space or "" if found is not None else ""
 
     def by_action(self, *actions: str) -> tuple[TensorPlan, ...]:
         """Pick the tensors that one of ``actions`` happens to, in the plan's order."""
@@ -139,16 +173,22 @@ class AdaptPlan:
         return not self.by_action("copied", "carried")
 
     def class_map(self, space: str) -> ClassMap | None:
-        """Look up the map of one label space, read back from its tensors; ``None`` where none of them was matched."""
-        if space not in self.source or space not in self.target:
-            return None
-        for t in sorted(self.tensors, key=lambda t: t.action == "initialised"):
-            if t.space == space and t.action in ("copied", "carried", "initialised") and (t.carried or t.new):
-                rows: dict[int, int] = dict(t.carried)
-                return ClassMap(
-                    self.source[space], self.target[space], tuple(rows.get(i) for i in range(len(self.target[space])))
-                )
-        return None
+        """Look up the map of one label space; ``None`` where its classes were not matched."""
+        return self.maps.get(space)
+
+    def changed(self) -> tuple[TensorPlan, ...]:
+        """Pick the tensors of the file that reach the model otherwise than whole, though both sides mean the same tensor."""
+        return tuple(
+            t
+            for t in self.by_action("carried", "initialised", "kept")
+            if t.source_shape is not None and not self._is_as_it_was(t)
+        )
+
+    def _is_as_it_was(self, t: TensorPlan) -> bool:
+        """Rebuilt by the constructor, or embeddings that it takes from its text file, of the same classes."""
+        found = self.maps.get(t.space or "")
+        same_classes = t.source_shape == t.target_shape and (found is None or found.is_identity)
+        return t.cause is Cause.REBUILT or (t.cause is Cause.GIVEN_BY_TEXT and same_classes)
 
     def new_classes(self) -> dict[str, tuple[str, ...]]:
         """Name the classes, by space, of which some row stays as the model was constructed."""
@@ -211,7 +251,12 @@ class AdaptPlan:
             "target": {space: list(table.names) for space, table in self.target.items()},
             "tensors": [t.to_json() for t in self.tensors],
             "summary": self.summary(),
-            "layouts": [{**x.to_json(), "group": x.group, "part": x.part} for x in self.layouts],
+            "layouts": [layout.to_json() for layout in self.layouts],
+            "maps": {space: list(found.rows) for space, found in self.maps.items()},
+            "origins": {
+                side: {space: table.origin for space, table in tables.items()}
+                for side, tables in (("source", self.source), ("target", self.target))
+            },
         }
 
     @classmethod
@@ -228,19 +273,24 @@ class AdaptPlan:
             loaded: Any = json.loads(data) if isinstance(data, str) else data
             version = loaded["version"]
             if version == PLAN_VERSION:
-                return cls(
-                    tuple(TensorPlan.from_json(t) for t in loaded["tensors"]),
+                tensors = tuple(TensorPlan.from_json(t) for t in loaded["tensors"])
+                origins = loaded.get("origins", {})
+                source, target = (
                     {
-                        space: ClassTable(names, f"the plan's {space} source")
-                        for space, names in loaded["source"].items()
-                    },
-                    {
-                        space: ClassTable(names, f"the plan's {space} target")
-                        for space, names in loaded["target"].items()
-                    },
-                    tuple(HeadLayout.from_json(x) for x in loaded.get("layouts", ())),
+                        space: ClassTable(names, origins.get(side, {}).get(space, f"the plan's {space} {side}"))
+                        for space, names in loaded[side].items()
+                    }
+                    for side in ("source", "target")
                 )
-        except (KeyError, TypeError, json.JSONDecodeError) as exc:
+                rows = loaded["maps"] if "maps" in loaded else _rows_of_tensors(tensors, source, target)
+                return cls(
+                    tensors,
+                    source,
+                    target,
+                    tuple(HeadLayout.from_json(x) for x in loaded.get("layouts", ())),
+                    {space: _checked_map(source[space], target[space], tuple(of)) for space, of in rows.items()},
+                )
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanRefused(
                 "plan",
                 expected="the JSON that `d2-headadapt plan --json` writes",
@@ -265,29 +315,14 @@ class AdaptPlan:
             PlanRefused: the plan refuses a tensor, or a value that it takes is NaN or infinite.
         """
         self.raise_if_refused()
-        layouts = {layout.tensor: layout for layout in self.layouts}
         out = dict(model)
         for t in self.by_action("copied", "carried"):
-            check_finite(t, source[t.name], layouts.get(t.name), self)
-            if t.action == "copied":
-                out[t.name] = source[t.name]
-                continue
-            layout = layouts[t.name]
-            out[t.name] = move_rows(source[t.name], model[t.name], layout, self.tensor_map(t, layout))
+            layout = self.layout(t.name)
+            check_finite(t, source[t.name], layout, self)
+            out[t.name] = source[t.name]
+            if t.action == "carried" and layout is not None:
+                out[t.name] = move_rows(source[t.name], model[t.name], layout, self.maps[layout.space])
         return out
-
-    def tensor_map(self, t: TensorPlan, layout: HeadLayout) -> ClassMap:
-        """Look up the class map of one tensor.
-
-        Args:
-            t: a carried tensor of this plan.
-            layout: its layout.
-        """
-        space = layout.space
-        rows = dict(t.carried)
-        return ClassMap(
-            self.source[space], self.target[space], tuple(rows.get(i) for i in range(len(self.target[space])))
-        )
 
     def raise_if_refused(self) -> None:
         """Raise where the plan refuses a tensor.
@@ -297,6 +332,26 @@ class AdaptPlan:
         """
         for t in self.refused:
             raise PlanRefused(t.name, expected="one meaning", found=t.reason, fix="Nothing was loaded.")
+
+
+def _checked_map(source: ClassTable, target: ClassTable, rows: tuple[int | None, ...]) -> ClassMap:
+    if len(rows) != len(target) or not all(s is None or s in range(len(source)) for s in rows):
+        raise ValueError(f"a map of {len(target)} classes onto {len(source)}: {rows}")
+    return ClassMap(source, target, rows)
+
+
+def _rows_of_tensors(
+    tensors: Iterable[TensorPlan], source: Mapping[str, ClassTable], target: Mapping[str, ClassTable]
+) -> dict[str, list[int | None]]:
+    """The class maps of a plan that was written before plans kept them: by label space, as its tensors show them."""
+    found: dict[str, list[int | None]] = {}
+    for t in sorted(tensors, key=lambda t: t.action == "initialised"):
+        rows = dict(t.carried)
+        space = t.space or ""
+        matched = t.action in ("copied", "carried", "initialised") and (t.carried or t.new)
+        if matched and space in source and space in target and space not in found:
+            found[space] = [rows.get(k) for k in range(len(target[space]))]
+    return found
 
 
 def _has_place(t: TensorPlan) -> bool:

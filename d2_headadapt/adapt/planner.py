@@ -6,13 +6,14 @@ Head groups are decided in :mod:`d2_headadapt.adapt.planner`; everything else go
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ClassTableError
+from .causes import Cause, Shape, Why
 from .classes import KEY_SUFFIXES, ClassMap, ClassTable
 from .layouts import HeadLayout
 from .matching import match_classes, parse_aliases
-from .plan import AdaptPlan, Shape, TensorPlan, carried_or_copied
+from .plan import AdaptPlan, TensorPlan, carried_or_copied
 from .vocabularies import reviewed_pairs, synonyms_of
 
 
@@ -33,7 +34,7 @@ class _Misfit:
     """Why a group cannot be taken, and at which tensor that shows."""
 
     tensor: str
-    reason: str
+    why: Why
     refused: bool = False
 
 
@@ -49,16 +50,12 @@ class HeadGroup:
     maps: Mapping[str, ClassMap]
     file_layouts: Mapping[str, HeadLayout]
     initialise: Collection[str]
-    excluded: Mapping[str, str]
+    excluded: Mapping[str, Why]
 
     def plan(self) -> list[TensorPlan]:
         """Decide for every member."""
         carried = [m for m in self.members if not m.rebuilt]
-        plans = [
-            self._entry(m, "kept", verified=True, reason="rebuilt from the dataset, never taken from a file")
-            for m in self.members
-            if m.rebuilt
-        ]
+        plans = [self._entry(m, "kept", verified=True, why=Why(Cause.REBUILT)) for m in self.members if m.rebuilt]
         absent = self._absent_parts(carried)
         plans += [
             self._entry(
@@ -66,7 +63,7 @@ class HeadGroup:
                 "kept" if m.agnostic else "initialised",
                 verified=True,
                 new=self._every(m),
-                reason=self.excluded[m.tensor],
+                why=self.excluded[m.tensor],
             )
             for m in carried
             if m.tensor in self.excluded
@@ -75,7 +72,7 @@ class HeadGroup:
         for m in carried:
             if m.part in absent and m.tensor not in self.excluded:
                 action = "kept" if m.agnostic else "initialised"
-                plans.append(self._entry(m, action, verified=True, new=self._every(m), reason="not in the file"))
+                plans.append(self._entry(m, action, verified=True, new=self._every(m), why=Why(Cause.NOT_IN_FILE)))
         if not present:
             return plans
         forced = [m for m in present if m.space in self.initialise]
@@ -84,15 +81,13 @@ class HeadGroup:
             return plans + [self._take(m) for m in present]
         if misfit.refused:
             return plans + [
-                self._entry(m, "refused", verified=False, reason=misfit.reason)
+                self._entry(m, "refused", verified=False, why=misfit.why)
                 if m.tensor == misfit.tensor
-                else self._entry(m, "kept", verified=False, reason=f"its head group is refused at {misfit.tensor}")
+                else self._entry(m, "kept", verified=False, why=Why(Cause.GROUP_REFUSED, blame=misfit.tensor))
                 for m in present
             ]
         for m in present:
-            reason = misfit.reason
-            if m.tensor != misfit.tensor and not forced:
-                reason = f"its head group changes whole or not at all; {misfit.tensor}: {misfit.reason}"
+            others = m.tensor != misfit.tensor and not forced
             plans.append(
                 self._entry(
                     m,
@@ -100,7 +95,7 @@ class HeadGroup:
                     verified=m.space in self.maps or bool(forced),
                     new=self._every(m),
                     dropped=self._every_source(m),
-                    reason=reason,
+                    why=replace(misfit.why, blame=misfit.tensor) if others else misfit.why,
                 )
             )
         return plans
@@ -111,7 +106,7 @@ class HeadGroup:
         action: str,
         *,
         verified: bool,
-        reason: str,
+        why: Why,
         new: tuple[int, ...] = (),
         dropped: tuple[int, ...] = (),
     ) -> TensorPlan:
@@ -125,7 +120,7 @@ class HeadGroup:
             new=new,
             dropped=dropped,
             verified=verified,
-            reason=reason,
+            why=why,
         )
 
     def _every(self, m: HeadLayout) -> tuple[int, ...]:
@@ -143,13 +138,13 @@ class HeadGroup:
         return {part for part, found in parts.items() if not any(found)}
 
     def _forced(self, members: Sequence[HeadLayout]) -> _Misfit:
-        return _Misfit(members[0].tensor, f"{source_key(members[0].space)} is 'none'")
+        return _Misfit(members[0].tensor, Why(Cause.FORCED_NONE, key=source_key(members[0].space)))
 
     def _misfit(self, members: Sequence[HeadLayout]) -> _Misfit | None:
         """The first thing that keeps the group from being taken; differences of kind come before counts."""
         for m in members:
             if m.tensor not in self.source_shapes:
-                return _Misfit(m.tensor, "missing from the file, which has other tensors of this head")
+                return _Misfit(m.tensor, Why(Cause.PART_MISSING))
         checks = (self._kind, self._known if members[0].space in self.maps else self._unknown)
         for check in checks:
             for m in sorted(members, key=lambda m: not m.agnostic):
@@ -161,70 +156,66 @@ class HeadGroup:
     def _kind(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
         stored = self.file_layouts.get(m.tensor)
         if stored is not None and not stored.same_kind(m):
-            return _Misfit(m.tensor, f"{stored.describe()} in the file, {m.describe()} in the model")
+            why = Why(Cause.OTHER_KIND, source_kind=stored.describe(), target_kind=m.describe())
+            return _Misfit(m.tensor, why)
         others = [axis for axis in range(max(len(in_file), len(in_model))) if axis not in m.class_axes]
         if len(in_file) != len(in_model) or any(in_file[a] != in_model[a] for a in others):
-            return _Misfit(m.tensor, self._shape_reason(m, in_file, in_model))
+            return _Misfit(m.tensor, self._at(m, self._shape_cause(m, in_file, in_model)))
         return None
 
-    def _shape_reason(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> str:
-        reason = f"{in_file} in the file, {in_model} in the model"
+    def _shape_cause(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> Cause:
         table = self.sources.get(m.space)
         if m.by_choice and table is not None and in_file[0] == len(table) * m.rows_per_class != in_model[0]:
-            return f"{reason}: class-specific in the file, class-agnostic in the model"
-        if m.groups > 1:
-            return f"{reason}: another number of anchors"
-        return reason
+            return Cause.AGNOSTIC_IN_MODEL
+        return Cause.OTHER_ANCHORS if m.groups > 1 else Cause.OTHER_SHAPE
+
+    def _at(self, m: HeadLayout, cause: Cause) -> Why:
+        """A cause with the shapes of a tensor that both sides have."""
+        in_file, in_model = self.source_shapes[m.tensor], self.target_shapes[m.tensor]
+        return Why(cause, source_shape=tuple(in_file), target_shape=tuple(in_model))
+
+    def _unknown_side(self, m: HeadLayout) -> tuple[str, str]:
+        """The side whose classes are unknown, and the key that names them."""
+        return ("model", target_key(m.space)) if m.space in self.sources else ("file", source_key(m.space))
 
     def _known(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
         source, target = self.sources[m.space], self.targets[m.space]
         if m.agnostic:
             if m.by_choice and len(source) == 1 and len(target) > 1 and m.tensor not in self.file_layouts:
-                return _Misfit(
-                    m.tensor,
-                    f"the file knows one class ({source.names[0]}), so its {in_file} can be that class's rows or "
-                    "class-agnostic; exclude it, or build the model class-specific (CLS_AGNOSTIC_* False)",
-                    refused=True,
-                )
+                return _Misfit(m.tensor, replace(self._at(m, Cause.ONE_OR_AGNOSTIC), names=source.names), refused=True)
             return None
+        kind = m.describe()
         if not m.fits(in_model, len(target)):
-            return _Misfit(
-                m.tensor,
-                f"the model's {in_model} does not hold the {len(target)} classes of {target.origin} ({m.describe()}): "
-                "set NUM_CLASSES to the table's length",
-                refused=True,
-            )
+            why = replace(self._at(m, Cause.MODEL_MISFIT), target_kind=kind, table=target.origin, length=len(target))
+            return _Misfit(m.tensor, why, refused=True)
         if m.fits(in_file, len(source)):
             return None
         per_class = m.size(m.class_axes[0], 1) - m.size(m.class_axes[0], 0)
         if not m.extra and in_file[m.class_axes[0]] == per_class:
-            return _Misfit(m.tensor, f"class-agnostic in the file {in_file}, {m.describe()} in the model {in_model}")
-        count = m.num_classes(in_file)
-        holds = f"{count} classes" if count else "no whole number of classes"
-        return _Misfit(
-            m.tensor,
-            f"{in_file} in the file holds {holds} ({m.describe()}), but {source.origin} names {len(source)}: "
-            f"correct {source_key(m.space)}",
-            refused=True,
+            return _Misfit(m.tensor, replace(self._at(m, Cause.AGNOSTIC_IN_FILE), target_kind=kind))
+        why = replace(
+            self._at(m, Cause.TABLE_MISFIT),
+            key=source_key(m.space),
+            target_kind=kind,
+            table=source.origin,
+            length=len(source),
+            count=m.num_classes(in_file),
         )
+        return _Misfit(m.tensor, why, refused=True)
 
     def _unknown(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
         if in_file == in_model:
             return None
-        side = "the file" if m.space not in self.sources else "the model"
-        key = target_key(m.space) if m.space in self.sources else source_key(m.space)
-        return _Misfit(
-            m.tensor, f"{in_file} in the file, {in_model} in the model; the classes of {side} are unknown: set {key}"
-        )
+        side, key = self._unknown_side(m)
+        return _Misfit(m.tensor, replace(self._at(m, Cause.UNKNOWN_CLASSES), side=side, key=key))
 
     def _take(self, m: HeadLayout) -> TensorPlan:
         in_file, in_model = self.source_shapes[m.tensor], self.target_shapes[m.tensor]
         found = self.maps.get(m.space)
         if m.given == "file":
-            return self._entry(m, "kept", verified=True, reason="the text file's embeddings stay (TEXT.PRECEDENCE)")
+            return self._entry(m, "kept", verified=True, why=Why(Cause.GIVEN_BY_TEXT))
         if found is None:
-            key = target_key(m.space) if m.space in self.sources else source_key(m.space)
-            reason = f"unverified: shapes agree, but the classes are unknown; {key} verifies it"
+            side, key = self._unknown_side(m)
             return TensorPlan(
                 m.tensor,
                 "copied",
@@ -233,22 +224,20 @@ class HeadGroup:
                 in_file,
                 in_model,
                 verified=False,
-                reason=reason,
+                why=Why(Cause.SHAPES_AGREE, key=key, side=side),
                 background=bool(m.extra),
             )
         if m.agnostic:
-            return self._entry(m, "copied", verified=True, reason="serves all classes alike")
+            return self._entry(m, "copied", verified=True, why=Why(Cause.AGNOSTIC))
         background = bool(m.extra)
         action = carried_or_copied(found)
-        reason = "same classes, same order" if action == "copied" else ""
+        why = Why(Cause.IDENTICAL if action == "copied" else Cause.MATCHED)
         if m.given and found.new:
-            reason = f"{len(found.new)} classes keep the embeddings of the text file"
+            why = Why(Cause.MATCHED_AND_TEXT, count=len(found.new))
         if not found.carried and not len(m.fixed_rows(len(found.source))):
             if m.given:
-                return self._entry(
-                    m, "kept", verified=True, reason="no class is in the file; all keep their embeddings"
-                )
-            action, reason = "initialised", "no class of the model is in the file"
+                return self._entry(m, "kept", verified=True, why=Why(Cause.NO_CLASS_BUT_TEXT))
+            action, why = "initialised", Why(Cause.NO_CLASS_IN_FILE)
         return TensorPlan(
             m.tensor,
             action,
@@ -261,7 +250,7 @@ class HeadGroup:
             found.dropped,
             background,
             True,
-            reason,
+            why,
         )
 
 
@@ -276,8 +265,8 @@ def plan_adaptation(
     aliases: Sequence[str] = (),
     match: str = "name",
     initialise: Collection[str] = (),
-    dropped: Mapping[str, str] | None = None,
-    excluded: Mapping[str, str] | None = None,
+    dropped: Mapping[str, Why] | None = None,
+    excluded: Mapping[str, Why] | None = None,
 ) -> AdaptPlan:
     """Decide what happens to every tensor of a file and of a model.
 
@@ -290,8 +279,8 @@ def plan_adaptation(
             and checked against the table's size.
         aliases, match: see :func:`d2_headadapt.adapt.matching.match_classes`.
         initialise: label spaces whose head groups keep the model's initial values whatever the file holds.
-        dropped: names of the file that find no place, with the reason.
-        excluded: tensors that the user leaves out, with the reason; the rest of their head group is still taken.
+        dropped: names of the file that find no place, with the cause.
+        excluded: tensors that the user leaves out, with the cause; the rest of their head group is still taken.
 
     Returns:
         AdaptPlan: nothing is loaded yet.
@@ -338,12 +327,12 @@ def plan_adaptation(
         for name, shape in target_shapes.items()
     ]
     tensors += [
-        TensorPlan(name, "dropped", source_shape=shape, reason=out.get(name, "the model has no tensor of this name"))
+        TensorPlan(name, "dropped", source_shape=shape, why=out.get(name, Why(Cause.NOT_IN_MODEL)))
         for name, shape in source_shapes.items()
         if name not in target_shapes
     ]
-    tensors += [TensorPlan(name, "dropped", reason=reason) for name, reason in (dropped or {}).items()]
-    return AdaptPlan(tuple(tensors), sources, targets, tuple(layouts))
+    tensors += [TensorPlan(name, "dropped", why=why) for name, why in (dropped or {}).items()]
+    return AdaptPlan(tuple(tensors), sources, targets, tuple(layouts), _maps_in_use(tensors, maps))
 
 
 def match_tables(
@@ -392,6 +381,22 @@ def match_tables(
     }
 
 
+def _maps_in_use(tensors: Iterable[TensorPlan], maps: Mapping[str, ClassMap]) -> dict[str, ClassMap]:
+    """The matched maps as far as tensors follow them; where a space's heads all start afresh, every class is new."""
+    follow: set[str | None] = set()
+    afresh: set[str | None] = set()
+    for t in tensors:
+        if t.cause in (Cause.GIVEN_BY_TEXT, Cause.NO_CLASS_BUT_TEXT):
+            follow.add(t.space)
+        elif t.carried or t.new:
+            (afresh if t.action == "initialised" else follow).add(t.space)
+    return {
+        space: found if space in follow else ClassMap(found.source, found.target, (None,) * len(found.target))
+        for space, found in maps.items()
+        if space in follow | afresh
+    }
+
+
 def _name_by_position(
     layouts: Iterable[HeadLayout],
     source_shapes: Mapping[str, Shape],
@@ -409,18 +414,18 @@ def _name_by_position(
 
 
 def _without_layout(
-    name: str, in_file: Shape | None, in_model: Shape, maps: Mapping[str, ClassMap], out: Mapping[str, str]
+    name: str, in_file: Shape | None, in_model: Shape, maps: Mapping[str, ClassMap], out: Mapping[str, Why]
 ) -> TensorPlan:
     if in_file is None:
-        return TensorPlan(name, "kept", target_shape=in_model, reason="not in the file")
+        return TensorPlan(name, "kept", target_shape=in_model, why=Why(Cause.NOT_IN_FILE))
     if name in out:
-        return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, reason=out[name])
+        return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, why=out[name])
     if in_file != in_model:
-        reason = f"{in_file} in the file, {in_model} in the model, and no layout says that its rows are classes"
-        return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, reason=reason)
+        why = Why(Cause.NO_LAYOUT, source_shape=tuple(in_file), target_shape=tuple(in_model))
+        return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, why=why)
     counts = {len(m.target) + extra for m in maps.values() if not m.is_identity for extra in (0, 1)}
     # A backbone's channels and a proposal network's anchors meet a class count by accident: 3 anchors, 3 classes.
     if in_model and in_model[0] in counts and not name.startswith(("backbone", "proposal_generator")):
-        reason = f"unverified: {in_model[0]} rows may be classes, and no layout says so; see register_head_layout"
-        return TensorPlan(name, "copied", None, None, in_file, in_model, verified=False, reason=reason)
-    return TensorPlan(name, "copied", source_shape=in_file, target_shape=in_model)
+        why = Why(Cause.MAYBE_CLASSES, count=in_model[0])
+        return TensorPlan(name, "copied", None, None, in_file, in_model, verified=False, why=why)
+    return TensorPlan(name, "copied", source_shape=in_file, target_shape=in_model, why=Why(Cause.SAME_SHAPE))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
+from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
-from .planner import source_key, target_key
 
 _HEADERS = ("head group", "tensor", "action", "in the file", "in the model", "classes")
-_GROUP_REASON = re.compile(r"^its head group changes whole or not at all; ")
 _ALIAS_MOST = 12
 
 
@@ -25,7 +24,7 @@ class Notice:
     Args:
         level: ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh).
         what: what happens, in one sentence without a full stop.
-        why: the plan's reason.
+        why: the plan's cause, in words.
         type_this: what to type about it; empty where there is nothing to type.
         hint: what to put into it.
         tensors: the tensors that it is about.
@@ -123,22 +122,22 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
     """What a user should look at, worst first, each with what to type."""
     notices = []
     for t in plan.refused:
-        stopped = tuple(
-            other.name for other in plan.tensors if other.reason == f"its head group is refused at {t.name}"
-        )
+        refused_here = Why(Cause.GROUP_REFUSED, blame=t.name)
+        stopped = tuple(other.name for other in plan.tensors if other.why == refused_here)
         what = f"{t.name} is refused, so nothing is loaded"
         notices.append(Notice("refused", what, t.reason, *_command(t, plan), (t.name, *stopped)))
     if plan.loads_nothing and not notices:
         why = "the model finds none of its tensors in it"
         notices.append(Notice("refused", "the file gives this model nothing", why, "", "", ()))
     by_shape = [t for t in plan.by_action("copied") if not t.verified]
-    for (group, _), tensors in _grouped(by_shape).items():
+    for (group, root), tensors in _grouped(by_shape).items():
         what = f"{_count(len(tensors), 'tensor')} {f'of {group} ' if group else ''}copied by shape alone"
-        why = tensors[0].reason.removeprefix("unverified: ")
-        notices.append(Notice("unverified", what, why, *_command(tensors[0], plan), tuple(t.name for t in tensors)))
-    for (group, reason), tensors in _grouped(plan.by_action("initialised")).items():
+        names = tuple(t.name for t in tensors)
+        notices.append(Notice("unverified", what, sentence(root, root=True), *_command(tensors[0], plan), names))
+    for (group, root), tensors in _grouped(plan.by_action("initialised")).items():
         what = f"{_count(len(tensors), 'tensor')} of {group} keep{'s' * (len(tensors) == 1)} the model's initial values"
-        notices.append(Notice("initialised", what, reason, *_command(tensors[0], plan), tuple(t.name for t in tensors)))
+        names = tuple(t.name for t in tensors)
+        notices.append(Notice("initialised", what, sentence(root, root=True), *_command(tensors[0], plan), names))
     return tuple(notices)
 
 
@@ -169,15 +168,16 @@ def is_head(t: TensorPlan) -> bool:
     return t.space is not None
 
 
-def _grouped(tensors: Iterable[TensorPlan]) -> dict[tuple[str, str], list[TensorPlan]]:
-    """Tensors by head group and by the reason at the root of what happens to the group."""
-    found: dict[tuple[str, str], list[TensorPlan]] = {}
+def _grouped(tensors: Iterable[TensorPlan]) -> dict[tuple[str, Why], list[TensorPlan]]:
+    """Tensors by head group and by what is at the root of what happens to the group."""
+    found: dict[tuple[str, Why], list[TensorPlan]] = {}
+    without_group: Why | None = None
     for t in tensors:
-        reason = _GROUP_REASON.sub("", t.reason)
-        if reason != t.reason:
-            reason = reason.partition(": ")[2]
-        # Tensors without a layout each have a reason of their own; one notice is enough for them.
-        found.setdefault((t.group or "", reason if t.group else ""), []).append(t)
+        why = replace(t.why, blame="")
+        if not t.group:
+            # Each of them has facts of its own; one notice, with those of the first, is enough for them.
+            why = without_group = without_group or why
+        found.setdefault((t.group or "", why), []).append(t)
     return found
 
 
@@ -185,18 +185,16 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
     """What to type about a tensor, and what to put into it."""
     if t.space is None:
         return "register_head_layout(...)", "in your own code, if its rows are classes"
-    sides = (
-        ("the file", source_key(t.space), plan.source, t.source_shape),
-        ("the model", target_key(t.space), plan.target, t.target_shape),
-    )
-    for side, key, table, other in sides:
-        if re.search(rf"\b{re.escape(key)}(?!_)", t.reason) and "is 'none'" not in t.reason:
-            layout = next((x for x in plan.layouts if x.tensor == t.name and x.axes), None)
-            count = layout.num_classes(other) if layout is not None and other is not None else None
-            holds = f"; the shapes of {side} hold {count}" if count else ""
-            verb = "corrected " if t.space in table else ""
-            return f"{key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
-    if t.action == "refused" and "exclude it" in t.reason:
+    if t.cause in (Cause.SHAPES_AGREE, Cause.UNKNOWN_CLASSES, Cause.TABLE_MISFIT):
+        of_model = t.why.side == "model"
+        side, table = ("the model", plan.target) if of_model else ("the file", plan.source)
+        shape = t.target_shape if of_model else t.source_shape
+        layout = plan.layout(t.name)
+        count = layout.num_classes(shape) if layout is not None and layout.axes and shape is not None else None
+        holds = f"; the shapes of {side} hold {count}" if count else ""
+        verb = "corrected " if t.space in table else ""
+        return f"{t.why.key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
+    if t.cause is Cause.ONE_OR_AGNOSTIC:
         return f"MODEL.HEAD_ADAPT.EXCLUDE \"['{t.name}']\"", "or build the model class-specific"
     return "", ""
 

@@ -17,6 +17,7 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+from ..adapt.causes import Cause, Why
 from ..adapt.classes import did_you_mean
 from ..errors import ConfigError
 
@@ -27,15 +28,15 @@ class SettledNames:
 
     Args:
         tensors: name in the model (or in the file, where the model has none) -> tensor.
-        dropped: names of the file that fit several places -> the reason.
+        dropped: names of the file that fit several places -> the cause.
         file_names: name in ``tensors`` -> name in the file, where the two differ.
-        excluded: names in ``tensors`` that the user leaves out -> the reason.
+        excluded: names in ``tensors`` that the user leaves out -> the cause.
     """
 
     tensors: dict[str, torch.Tensor]
-    dropped: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, Why] = field(default_factory=dict)
     file_names: dict[str, str] = field(default_factory=dict)
-    excluded: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, Why] = field(default_factory=dict)
 
 
 def settle_names(
@@ -71,7 +72,7 @@ def settle_names(
         if suffix is not None:
             takers.setdefault(suffix, []).append(name)
     out: dict[str, torch.Tensor] = {}
-    dropped: dict[str, str] = {}
+    dropped: dict[str, Why] = {}
     file_names: dict[str, str] = {}
     for file_name, tensor in named.items():
         names = takers.get(file_name, [file_name])
@@ -79,7 +80,7 @@ def settle_names(
             # Stock looks at shapes before it counts places; where that leaves one place, it is the same one here.
             fitting = [name for name in names if model_shapes[name] == tuple(tensor.shape)]
             if len(fitting) != 1:
-                dropped[file_name] = f"fits {len(names)} places in the model: {', '.join(names[:3])}"
+                dropped[file_name] = Why(Cause.SEVERAL_PLACES, count=len(names), names=tuple(names[:3]))
                 continue
             names = fitting
         out[names[0]] = tensor
@@ -164,15 +165,16 @@ def matched(names: Iterable[str], patterns: Sequence[str], key: str) -> set[str]
     return found
 
 
-def left_out(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, str]:
-    """The names that ``INCLUDE`` does not match or ``EXCLUDE`` does, with the reason."""
+def left_out(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Why]:
+    """The names that ``INCLUDE`` does not match or ``EXCLUDE`` does, with the cause."""
     names = list(names)
-    out: dict[str, str] = {}
+    out: dict[str, Why] = {}
     if include:
-        taken = matched(names, include, "MODEL.HEAD_ADAPT.INCLUDE")
-        out.update({name: "MODEL.HEAD_ADAPT.INCLUDE does not name it" for name in names if name not in taken})
-    for name in matched(names, exclude, "MODEL.HEAD_ADAPT.EXCLUDE"):
-        out[name] = "MODEL.HEAD_ADAPT.EXCLUDE names it"
+        key = "MODEL.HEAD_ADAPT.INCLUDE"
+        taken = matched(names, include, key)
+        out.update({name: Why(Cause.NOT_INCLUDED, key=key) for name in names if name not in taken})
+    key = "MODEL.HEAD_ADAPT.EXCLUDE"
+    out.update({name: Why(Cause.EXCLUDED, key=key) for name in matched(names, exclude, key)})
     return out
 
 

@@ -20,7 +20,7 @@ from ..adapt.planner import plan_adaptation, source_key
 from ..adapt.registry import layouts_of
 from ..adapt.vocabularies import zoo_tables
 from ..config.settings import AdaptSettings
-from ..errors import CheckpointFileError, PlanRefused
+from ..errors import CheckpointFileError, NotFetchedError, PlanRefused
 from ..files import read_checkpoint, shapes_of
 from .keys import SettledNames, left_out, rename, settle_names
 from .provenance import KEY, Provenance
@@ -47,9 +47,9 @@ def check_exists(path: str, *, own_file: bool = False) -> None:
     raise CheckpointFileError(local, expected="a checkpoint file", found=found, fix=f"{fix}{did_you_mean(name, near)}")
 
 
-def not_fetched(path: str, exc: BaseException) -> CheckpointFileError:
+def not_fetched(path: str, exc: BaseException) -> NotFetchedError:
     """The error for an address that gives no file."""
-    return CheckpointFileError(
+    return NotFetchedError(
         path,
         expected="a file that can be fetched",
         found=f"{type(exc).__name__}: {exc}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def adapt_averages(checkpoint: dict[str, Any], plan: AdaptPlan, model: Mapping[s
         taken = {t.name for t in plan.by_action("copied", "carried")}
         if not taken & named.keys():
             continue
-        usable = AdaptPlan(tuple(t for t in plan.tensors if t.name in named), plan.source, plan.target, plan.layouts)
+        usable = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in named))
         adapted = usable.apply(named, {name: value for name, value in model.items() if name in named})
         rest = {k: v for k, v in tensors.items() if not torch.is_tensor(v)}
         out = {**rest, **{prefix + name: value for name, value in adapted.items()}}
@@ -163,18 +164,17 @@ def _adapt_entry(
     if planned is None or planned.action not in ("copied", "carried"):
         return None
     out: dict[str, Any] = {}
-    layouts = {layout.tensor: layout for layout in plan.layouts}
+    layout = plan.layout(name)
     for key, value in entry.items():
         if not torch.is_tensor(value) or value.dim() == 0 or planned.action == "copied":
             if torch.is_tensor(value) and value.dim() > 0 and tuple(value.shape) != planned.source_shape:
                 raise _unsure(path, f"{key} of shape {planned.source_shape} for {name}", str(tuple(value.shape)))
             out[key] = value
             continue
-        if tuple(value.shape) != planned.source_shape or planned.target_shape is None:
+        if tuple(value.shape) != planned.source_shape or planned.target_shape is None or layout is None:
             raise _unsure(path, f"{key} of shape {planned.source_shape} for {name}", str(tuple(value.shape)))
-        layout = layouts[name]
         zeros = torch.zeros(planned.target_shape, dtype=value.dtype, device=value.device)
-        out[key] = move_rows(value, zeros, layout, plan.tensor_map(planned, layout))
+        out[key] = move_rows(value, zeros, layout, plan.maps[layout.space])
     return out
 
 
@@ -215,11 +215,7 @@ def adapt_resume(
     Raises:
         ResumeError: the classes changed and ``mode`` is ``"refuse"``, or moments cannot be told apart.
     """
-    changed = [
-        t
-        for t in plan.tensors
-        if t.source_shape is not None and t.action in ("carried", "initialised", "kept") and "rebuilt" not in t.reason
-    ]
+    changed = plan.changed()
     if changed and mode == "refuse":
         raise ResumeError(
             path,

@@ -103,16 +103,15 @@ def share_new_rows(plan: AdaptPlan, state: Mapping[str, torch.Tensor]) -> None:
     """
     if comm.get_world_size() == 1:
         return
-    layouts = {layout.tensor: layout for layout in plan.layouts}
     for t in plan.tensors:
         if t.name not in state or t.action not in ("carried", "initialised", "kept") or not state[t.name].numel():
             continue
         value = state[t.name].detach()
         first = value.clone(memory_format=torch.contiguous_format)
         dist.broadcast(first, src=0)
-        if t.action == "carried":
-            layout = layouts[t.name]
-            mask = new_rows_mask(layout, plan.tensor_map(t, layout), tuple(value.shape)).to(value.device)
+        layout = plan.layout(t.name)
+        if t.action == "carried" and layout is not None:
+            mask = new_rows_mask(layout, plan.maps[layout.space], tuple(value.shape)).to(value.device)
             value.copy_(torch.where(mask, first, value))
         else:
             value.copy_(first)

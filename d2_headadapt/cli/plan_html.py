@@ -120,7 +120,6 @@ def _tile(title: str, big: str, small: str, parts: Sequence[tuple[str, int, str]
 
 
 def _head_table(plan: AdaptPlan) -> str:
-    layouts = {layout.tensor: layout for layout in plan.layouts}
     notes = {name: number for number, notice in enumerate(plan_notices(plan), 1) for name in notice.tensors}
     groups: dict[str, list[TensorPlan]] = {}
     for t in plan.tensors:
@@ -134,7 +133,7 @@ def _head_table(plan: AdaptPlan) -> str:
     for group, tensors in groups.items():
         rows = []
         for t in tensors:
-            layout = layouts.get(t.name)
+            layout = plan.layout(t.name)
             kind = f"<small>{safe(layout.describe())}</small>" if layout is not None else ""
             has_fixed = layout is not None and layout.extra and t.action in ("carried", "copied", "initialised")
             fixed = ("from the file" if t.background else "initial") if has_fixed else "-"

@@ -78,11 +78,7 @@ def optimizer_fits(context: DoctorContext) -> Iterator[Finding]:
     # As the checkpointer does: what the user says of MODEL.WEIGHTS is not about this run's own file.
     own = replace(context.settings, source={}, initialise=frozenset(), include=(), exclude=(), rename=())
     plan = plan_file(last, context.model, own)
-    changed = [
-        t
-        for t in plan.by_action("carried", "initialised", "kept")
-        if t.source_shape is not None and "rebuilt" not in t.reason
-    ]
+    changed = plan.changed()
     if changed:
         yield Finding(
             "HA307",

@@ -9,7 +9,7 @@ from ..adapt.report import plan_notices
 from ..checkpoint.keys import matched
 from ..checkpoint.load import refuse_plan
 from ..config.settings import NUM_CLASSES_KEYS
-from ..errors import CheckpointFileError, ClassTableError, ConfigError, HeadAdaptError
+from ..errors import ClassTableError, ConfigError, HeadAdaptError, NotFetchedError
 from .finding import DoctorContext, Finding, check
 
 PATTERN_KEYS = tuple(f"MODEL.HEAD_ADAPT.{key}" for key in ("INCLUDE", "EXCLUDE", "RENAME"))
@@ -29,7 +29,7 @@ def can_be_read(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _is_not_fetched(error: BaseException) -> bool:
-    return isinstance(error, CheckpointFileError) and "://" in error.where and "fetched" in error.expected
+    return isinstance(error, NotFetchedError)
 
 
 def _filed_elsewhere(error: BaseException) -> bool:
@@ -210,4 +210,4 @@ def same_backbone(context: DoctorContext) -> Iterator[Finding]:
 
 def _no_sign(t: TensorPlan) -> bool:
     """Left out by the user, or a counter that frozen batch norms do not have."""
-    return t.reason.startswith("MODEL.HEAD_ADAPT.") or t.name.endswith("num_batches_tracked")
+    return t.cause.by_user or t.name.endswith("num_batches_tracked")

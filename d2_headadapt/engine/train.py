@@ -195,7 +195,7 @@ def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool, where: s
         return
     if plan is not None and not checkpointer.untrained:
         learnt = dict(checkpointer.model.named_parameters())
-        drawn = [t.name for t in plan.by_action("kept") if t.name in learnt and "rebuilt" not in t.reason]
+        drawn = [t.name for t in plan.by_action("kept") if t.name in learnt and not t.cause.meant]
         if drawn:
             raise PlanRefused(
                 where,

@@ -19,6 +19,7 @@ from torch import nn
 
 import d2_headadapt.adapt.detectron2_heads as _  # noqa: F401  only registration
 from d2_headadapt.adapt.classes import ClassTable
+from d2_headadapt.adapt.layouts import HeadLayout
 from d2_headadapt.adapt.planner import plan_adaptation
 from d2_headadapt.adapt.registry import layouts_of
 
@@ -57,6 +58,7 @@ def check_law(large: nn.Module, small: nn.Module) -> None:
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name] != after[name]}
     for model, found in ((large, before), (small, after)):
+        assert all(HeadLayout.from_json(x.to_json()) == x for x in layouts_of(model))
         claimed = {x.tensor: x for x in layouts_of(model) if not x.agnostic}
         assert claimed.keys() == changed
         for name, layout in claimed.items():

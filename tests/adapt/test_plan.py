@@ -54,7 +54,7 @@ def test_the_json_has_the_promised_keys_and_plain_types(plan: AdaptPlan) -> None
     assert data["version"] == 1
     assert data["source"] == {"thing": list(SOURCE.names)} and data["target"] == {"thing": list(TARGET.names)}
     keys = ["name", "action", "space", "group", "source_shape", "target_shape", "carried", "new", "dropped",
-            "background", "verified", "reason"]  # fmt: skip
+            "background", "verified", "cause", "facts", "reason"]  # fmt: skip
     assert all(list(t) == keys and t["action"] in ACTIONS for t in data["tensors"])
     scores = next(t for t in data["tensors"] if t["name"] == "heads.cls_score.weight")
     assert scores["carried"] == [[0, 3], [2, 0]] and scores["new"] == [1] and scores["dropped"] == [1, 2]
@@ -68,7 +68,8 @@ def test_the_json_has_the_promised_keys_and_plain_types(plan: AdaptPlan) -> None
 
 def test_a_plan_read_back_is_the_same_and_applies_the_same(plan: AdaptPlan) -> None:
     again = AdaptPlan.from_json(plan_json(plan))
-    assert again.to_json() == plan.to_json()
+    assert again == plan and again.to_json() == plan.to_json()
+    assert summary_line(again) == summary_line(plan) and plan_table(again) == plan_table(plan)
     file, model = {**state(4, 0), "old.thing": torch.zeros(2)}, {**state(3, 1), "backbone.new": torch.ones(7)}
     one, two = plan.apply(file, model), again.apply(file, model)
     assert one.keys() == two.keys() == model.keys()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from d2_headadapt.adapt.causes import Cause, Why
 from d2_headadapt.adapt.classes import ClassTable
 from d2_headadapt.adapt.layouts import HeadLayout
 from d2_headadapt.adapt.plan import AdaptPlan, TensorPlan
@@ -47,6 +48,10 @@ def by_name(plan: AdaptPlan) -> dict[str, TensorPlan]:
     return {t.name: t for t in plan.tensors}
 
 
+def causes(plan: AdaptPlan) -> dict[str, Cause]:
+    return {t.name: t.cause for t in plan.tensors}
+
+
 def actions(plan: AdaptPlan) -> dict[str, str]:
     return {t.name: t.action for t in plan.tensors}
 
@@ -54,7 +59,8 @@ def actions(plan: AdaptPlan) -> dict[str, str]:
 def test_unknown_classes_and_equal_shapes_are_copied_unverified() -> None:
     plan = make({CLS.tensor: (4, 8)}, {CLS.tensor: (4, 8)}, [CLS], None, table("a", "b", "c"))
     (t,) = plan.tensors
-    assert (t.action, t.verified) == ("copied", False)
+    assert (t.action, t.verified, t.cause) == ("copied", False, Cause.SHAPES_AGREE)
+    assert (t.why.side, t.why.key) == ("file", "MODEL.HEAD_ADAPT.SOURCE_CLASSES")
     assert "MODEL.HEAD_ADAPT.SOURCE_CLASSES verifies it" in t.reason
 
 
@@ -63,6 +69,12 @@ def test_unknown_classes_and_one_other_shape_initialise_the_whole_group() -> Non
     model = {CLS.tensor: (4, 8), AGNOSTIC.tensor: (4, 8), MASK.tensor: (3, 8, 1, 1)}
     plan = make(file, model, [CLS, AGNOSTIC, MASK], None, table("a", "b", "c"))
     assert set(actions(plan).values()) == {"initialised"}
+    assert causes(plan) == dict.fromkeys(model, Cause.UNKNOWN_CLASSES)
+    assert {t.name: t.why.blame for t in plan.tensors} == {
+        CLS.tensor: "",
+        AGNOSTIC.tensor: CLS.tensor,
+        MASK.tensor: CLS.tensor,
+    }
     assert "set MODEL.HEAD_ADAPT.SOURCE_CLASSES" in by_name(plan)[CLS.tensor].reason
     assert "its head group changes whole or not at all" in by_name(plan)[MASK.tensor].reason
     assert by_name(plan)[CLS.tensor].new == (0, 1, 2)
@@ -83,6 +95,8 @@ def test_none_initialises_whatever_the_file_holds() -> None:
     same = table("a", "b", "c")
     plan = make({CLS.tensor: (4, 8)}, {CLS.tensor: (4, 8)}, [CLS], same, same, initialise=["thing"])
     assert actions(plan) == {CLS.tensor: "initialised"} and plan.new_classes() == {"thing": ("a", "b", "c")}
+    assert plan.tensors[0].cause is Cause.FORCED_NONE
+    assert plan.tensors[0].reason == "MODEL.HEAD_ADAPT.SOURCE_CLASSES is 'none'"
 
 
 def test_a_part_that_the_file_lacks_leaves_the_other_parts_alone() -> None:
@@ -104,6 +118,7 @@ def test_a_part_that_the_file_has_half_of_initialises_the_whole_group() -> None:
     file = {x.tensor: (4, 8) for x in stages[:2]}
     plan = make(file, model, stages, table("a", "b", "c"), table("c", "a"))
     assert set(actions(plan).values()) == {"initialised"}
+    assert set(causes(plan).values()) == {Cause.PART_MISSING}
     assert by_name(plan)["h.2.cls.weight"].reason == "missing from the file, which has other tensors of this head"
 
 
@@ -113,6 +128,8 @@ def test_another_input_width_initialises_the_whole_group() -> None:
         table("a", "b", "c"), table("c", "a"),
     )  # fmt: skip
     assert set(actions(plan).values()) == {"initialised"}
+    why = by_name(plan)[CLS.tensor].why
+    assert (why.cause, why.source_shape, why.target_shape) == (Cause.OTHER_SHAPE, (4, 16), (3, 8))
     assert "(4, 16) in the file, (3, 8) in the model" in by_name(plan)[CLS.tensor].reason
 
 
@@ -130,6 +147,7 @@ def test_class_specific_in_the_file_and_agnostic_in_the_model_are_told_apart() -
         table("a", "b", "c"), table("c", "a"),
     )  # fmt: skip
     assert set(actions(plan).values()) == {"initialised"}
+    assert set(causes(plan).values()) == {Cause.AGNOSTIC_IN_MODEL}
     assert "class-specific in the file, class-agnostic in the model" in by_name(plan)[AGNOSTIC.tensor].reason
 
 
@@ -143,6 +161,7 @@ def test_one_class_and_agnostic_of_the_same_shape_are_told_apart_by_the_source_t
         [CLS, specific], ClassTable(NAMES), table("c3"),
     )  # fmt: skip
     assert set(actions(plan).values()) == {"initialised"}
+    assert causes(plan)[specific.tensor] is Cause.AGNOSTIC_IN_FILE
     assert "class-agnostic in the file" in by_name(plan)[specific.tensor].reason
 
 
@@ -156,6 +175,7 @@ def test_one_class_and_agnostic_of_the_same_shape_are_told_apart_by_provenance(
     assert actions(same)[specific.tensor] == "copied"
     other = make(shapes, shapes, [CLS, specific], one, one, source_layouts=[CLS, agnostic])
     assert set(actions(other).values()) == {"initialised"}
+    assert causes(other)[specific.tensor] is Cause.OTHER_KIND
     assert "class-agnostic in the file" in by_name(other)[specific.tensor].reason
 
 
@@ -168,6 +188,8 @@ def test_a_one_class_file_without_provenance_in_an_agnostic_model_is_refused(agn
     )  # fmt: skip
     assert [t.name for t in plan.refused] == [agnostic.tensor]
     assert "carried" not in actions(plan).values(), "the rest of the group must not be half loaded"
+    assert causes(plan) == {CLS.tensor: Cause.GROUP_REFUSED, agnostic.tensor: Cause.ONE_OR_AGNOSTIC}
+    assert by_name(plan)[CLS.tensor].reason == f"its head group is refused at {agnostic.tensor}"
     with pytest.raises(PlanRefused, match=r"the file knows one class \(a\)"):
         plan.apply({}, {})
 
@@ -180,6 +202,7 @@ def test_nine_anchors_of_one_class_and_three_of_three_are_told_apart() -> None:
     for source in (table("a"), None):
         plan = make(file, model, [scores, boxes], source, table("a", "b", "c"))
         assert set(actions(plan).values()) == {"initialised"}
+        assert set(causes(plan).values()) == {Cause.OTHER_ANCHORS}
     assert (
         "another number of anchors"
         in by_name(make(file, model, [scores, boxes], table("a"), table("a", "b", "c")))[boxes.tensor].reason
@@ -194,11 +217,13 @@ def test_nine_anchors_of_one_class_and_three_of_three_are_told_apart() -> None:
 def test_a_source_list_of_the_wrong_length_is_refused_with_the_key() -> None:
     plan = make({CLS.tensor: (366, 8)}, {CLS.tensor: (3, 8)}, [CLS], ClassTable(NAMES, "coco"), table("c1", "c2"))
     assert [t.action for t in plan.tensors] == ["refused"]
+    assert (plan.tensors[0].cause, plan.tensors[0].why.count) == (Cause.TABLE_MISFIT, 365)
     assert "holds 365 classes" in plan.tensors[0].reason and "but coco names 80" in plan.tensors[0].reason
 
 
 def test_a_model_whose_shape_is_not_its_tables_is_refused() -> None:
     plan = make({CLS.tensor: (4, 8)}, {CLS.tensor: (81, 8)}, [CLS], table("a", "b", "c"), table("a", "b"))
+    assert plan.tensors[0].cause is Cause.MODEL_MISFIT
     assert plan.refused and "set NUM_CLASSES to the table's length" in plan.tensors[0].reason
 
 
@@ -207,9 +232,15 @@ def test_a_tensor_without_a_layout_is_copied_or_kept_never_half_loaded() -> None
     file = {CLS.tensor: (4, 8), "h.centres": (3, 8), "h.extra": (3, 5), "backbone.w": (2, 8)}
     model = {CLS.tensor: (3, 8), "h.centres": (2, 8), "h.extra": (3, 5), "backbone.w": (2, 8)}
     plan = by_name(make(file, model, layouts, table("a", "b", "c"), table("c", "a")))
+    assert [plan[name].cause for name in ("h.centres", "h.extra", "backbone.w")] == [
+        Cause.NO_LAYOUT,
+        Cause.MAYBE_CLASSES,
+        Cause.SAME_SHAPE,
+    ]
     assert plan["h.centres"].action == "kept" and "no layout says" in plan["h.centres"].reason
     # Three rows are as many as two classes and background.
     assert plan["h.extra"].action == "copied" and not plan["h.extra"].verified
+    assert plan["h.extra"].reason.startswith("unverified: 3 rows may be classes")
     assert plan["backbone.w"].action == "copied" and plan["backbone.w"].verified
 
 
@@ -218,6 +249,7 @@ def test_rebuilt_tensors_are_never_taken_from_a_file() -> None:
     same = table("a", "b", "c")
     plan = by_name(make({CLS.tensor: (4, 8), fed.tensor: (3,)}, {CLS.tensor: (4, 8), fed.tensor: (3,)}, [CLS, fed],
                         same, same))  # fmt: skip
+    assert plan[fed.tensor].cause is Cause.REBUILT and plan[fed.tensor].cause.meant
     assert plan[fed.tensor].action == "kept" and "rebuilt from the dataset" in plan[fed.tensor].reason
     assert plan[CLS.tensor].action == "copied"
 
@@ -249,6 +281,8 @@ def test_an_alias_goes_to_the_space_that_knows_it_and_to_no_space_is_an_error() 
 
 
 def test_dropped_names_keep_their_reason() -> None:
-    plan = make({}, {"w": (2,)}, [], None, None, dropped={"cls_score.weight": "fits 3 places in the model: a, b, c"})
-    assert by_name(plan)["cls_score.weight"].reason.startswith("fits 3 places")
+    why = Why(Cause.SEVERAL_PLACES, count=3, names=("a", "b", "c"))
+    plan = make({}, {"w": (2,)}, [], None, None, dropped={"cls_score.weight": why})
+    assert by_name(plan)["cls_score.weight"].why == why
+    assert by_name(plan)["cls_score.weight"].reason == "fits 3 places in the model: a, b, c"
     assert plan.loads_nothing

@@ -21,6 +21,7 @@ from torch import nn
 import d2_headadapt.adapt.plan
 import d2_headadapt.checkpoint.checkpointer
 from d2_headadapt import AdaptSettings, ClassTable, HeadAdaptCheckpointer, vocabulary
+from d2_headadapt.adapt.causes import Cause
 from d2_headadapt.checkpoint.provenance import KEY
 from d2_headadapt.errors import CheckpointFileError, ClassTableError, HeadAdaptError, PlanRefused, RankError
 
@@ -232,8 +233,8 @@ def test_an_ambiguous_head_key_is_dropped_with_its_reason(source: nn.Module, tmp
     checkpointer = HeadAdaptCheckpointer(model)
     checkpointer.load(str(tmp_path / "h.pth"))
     assert checkpointer.plan is not None
-    dropped = {t.name: t.reason for t in checkpointer.plan.by_action("dropped")}
-    assert "fits 3 places in the model" in dropped["cls_score.weight"]
+    dropped = {t.name: t for t in checkpointer.plan.by_action("dropped")}["cls_score.weight"]
+    assert dropped.cause is Cause.SEVERAL_PLACES and "fits 3 places in the model" in dropped.reason
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if "cls_score" in name)
 

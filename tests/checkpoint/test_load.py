@@ -11,6 +11,7 @@ from helpers.files import HEAD, logged, save_stock, texts
 from helpers.models import model_of, names, stock_model, tiny_cfg
 
 from d2_headadapt import AdaptPlan, AdaptSettings, ClassTable, HeadAdaptCheckpointer
+from d2_headadapt.adapt.causes import Cause
 from d2_headadapt.checkpoint.keys import SettledNames
 from d2_headadapt.checkpoint.load import asks_heuristics, check_exists, plan_file, plan_load, refuse_plan
 from d2_headadapt.checkpoint.provenance import Provenance
@@ -73,6 +74,7 @@ def test_unknown_source_and_another_shape_initialises_the_whole_group_and_names_
     head = [t for t in plan.tensors if t.space == "thing"]
     assert len(head) == 4
     assert {t.action for t in head} == {"initialised"}
+    assert all(t.cause is Cause.UNKNOWN_CLASSES for t in head)
     assert all("set MODEL.HEAD_ADAPT.SOURCE_CLASSES" in t.reason for t in head)
     assert plan.new_classes() == {"thing": THREE.names}
 
@@ -81,6 +83,7 @@ def test_unknown_source_and_the_same_shape_is_copied_as_stock_does_but_unverifie
     plan = planned("f.pth", AdaptSettings(target={"thing": THREE}), count=3)
     head = [t for t in plan.tensors if t.space == "thing"]
     assert {(t.action, t.verified) for t in head} == {("copied", False)}
+    assert all(t.cause is Cause.SHAPES_AGREE for t in head)
     assert all("MODEL.HEAD_ADAPT.SOURCE_CLASSES verifies it" in t.reason for t in head)
     assert all(t.verified for t in plan.tensors if t.space is None)
 

@@ -11,7 +11,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from helpers.models import model_of, state_of
 from torch import nn
 
-from d2_headadapt import AdaptPlan, HeadAdaptCheckpointer
+from d2_headadapt import AdaptPlan, Cause, HeadAdaptCheckpointer, Why
 from d2_headadapt.checkpoint.keys import freeze, left_out, matched, rename
 from d2_headadapt.errors import ConfigError
 
@@ -48,8 +48,8 @@ def test_include_and_exclude() -> None:
     assert left_out(NAMES, [], []) == {}
     assert list(left_out(NAMES, ["backbone.*"], [])) == ["heads.cls_score.weight"]
     assert left_out(NAMES, ["backbone.*"], ["*.bias"]) == {
-        "heads.cls_score.weight": "MODEL.HEAD_ADAPT.INCLUDE does not name it",
-        "backbone.conv1.bias": "MODEL.HEAD_ADAPT.EXCLUDE names it",
+        "heads.cls_score.weight": Why(Cause.NOT_INCLUDED, key="MODEL.HEAD_ADAPT.INCLUDE"),
+        "backbone.conv1.bias": Why(Cause.EXCLUDED, key="MODEL.HEAD_ADAPT.EXCLUDE"),
     }
 
 
@@ -101,8 +101,9 @@ def test_exclude_leaves_a_head_tensor_out_and_the_rest_of_its_group_is_carried(t
     fresh = state_of(model_of(NEW, seed=2))
     assert torch.equal(new[f"{HEAD}.bbox_pred.weight"], fresh[f"{HEAD}.bbox_pred.weight"])
     assert torch.equal(new[f"{HEAD}.cls_score.weight"][0], old[f"{HEAD}.cls_score.weight"][2])
-    reasons = {t.name: t.reason for t in plan.by_action("initialised")}
-    assert reasons[f"{HEAD}.bbox_pred.weight"] == "MODEL.HEAD_ADAPT.EXCLUDE names it"
+    boxes = plan.tensor(f"{HEAD}.bbox_pred.weight")
+    assert boxes is not None and (boxes.action, boxes.cause) == ("initialised", Cause.EXCLUDED)
+    assert boxes.reason == "MODEL.HEAD_ADAPT.EXCLUDE names it"
 
 
 def test_include_takes_nothing_else(tmp_path: Path) -> None:

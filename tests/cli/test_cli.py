@@ -84,7 +84,7 @@ def test_the_json_of_a_plan_has_the_shape_that_others_read(own: Workplace) -> No
     assert data["source"] == {"thing": FIVE}
     assert data["target"] == {"thing": NEW}
     keys = ["name", "action", "space", "group", "source_shape", "target_shape", "carried", "new", "dropped"]
-    keys += ["background", "verified", "reason"]
+    keys += ["background", "verified", "cause", "facts", "reason"]
     for t in data["tensors"]:
         assert list(t) == keys
         assert t["action"] in ACTIONS

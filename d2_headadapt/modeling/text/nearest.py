@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from ...adapt.causes import Cause, Why
 from ...adapt.classes import ClassTable
 from ...adapt.layouts import HeadLayout
 from ...adapt.plan import AdaptPlan, TensorPlan
@@ -112,7 +113,7 @@ class NearestRows:
     """What ``NEW_ROWS: nearest`` does in one load.
 
     Args:
-        plan: whose reasons say it.
+        plan: whose causes say it.
         neighbours: by tensor.
     """
 
@@ -121,11 +122,11 @@ class NearestRows:
 
     def apply(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``state`` with the new rows in place; tensors are replaced, never written to."""
-        layouts = {layout.tensor: layout for layout in self.plan.layouts}
         out = dict(state)
         for name, near in self.neighbours.items():
-            table = self.plan.target[layouts[name].space]
-            out[name] = mixed_rows(out[name], layouts[name], len(table), near)
+            layout = self.plan.layout(name)
+            if layout is not None:
+                out[name] = mixed_rows(out[name], layout, len(self.plan.target[layout.space]), near)
         return out
 
     def line(self) -> str:
@@ -172,20 +173,19 @@ def plan_nearest(plan: AdaptPlan, path: str, names: object = None, *, count: int
             table = plan.target[t.space or ""]
             known[key] = nearest_classes(bundle, table, t.new, [k for k, _ in t.carried], count)
         found[t.name] = known[key]
-    tensors = tuple(replace(t, reason=_reason(t, found[t.name])) if t.name in found else t for t in plan.tensors)
+    tensors = tuple(replace(t, why=_why(t, found[t.name])) if t.name in found else t for t in plan.tensors)
     return NearestRows(replace(plan, tensors=tensors), found)
 
 
 def _has_both(t: TensorPlan, plan: AdaptPlan) -> bool:
-    layout = next((layout for layout in plan.layouts if layout.tensor == t.name), None)
+    layout = plan.layout(t.name)
     single = layout is not None and len(layout.class_axes) == 1 and not layout.rebuilt and not layout.given
     # Embeddings are of things; the names of other label spaces mean something else.
     return single and t.space == "thing" and bool(t.new) and bool(t.carried)
 
 
-def _reason(t: TensorPlan, near: Mapping[int, Neighbours]) -> str:
-    words = f"{len(near)} of {len(t.new)} new rows start from the nearest carried classes"
-    return f"{t.reason}; {words}" if t.reason else words
+def _why(t: TensorPlan, near: Mapping[int, Neighbours]) -> Why:
+    return Why(Cause.MATCHED_AND_NEAREST, count=len(near), length=len(t.new))
 
 
 def _words(names: tuple[str, ...], near: Neighbours) -> str:

@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from ...adapt.classes import ClassTable
 from ...adapt.detectron2_heads import fast_rcnn_layouts
 from ...adapt.layouts import HeadLayout
-from ...adapt.plan import AdaptPlan
+from ...adapt.plan import AdaptPlan, TensorPlan
 from ...adapt.registry import ModuleContext
 from ...errors import TextError
 from ..predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
@@ -264,10 +264,9 @@ def refuse_other_text(
         TextError: embeddings of another encoder; or, where ``PRECEDENCE`` is ``error``, a carried class whose two
             embeddings differ.
     """
-    by_name = {t.name: t for t in plan.tensors}
     for name, module in text_predictors(model):
         tensor = f"{name}.cls_score.embeddings".lstrip(".")
-        entry = by_name.get(tensor)
+        entry = plan.tensor(tensor)
         if entry is None or entry.action not in ("copied", "carried", "kept") or tensor not in stored:
             continue
         encoder = facts.get("encoder") if isinstance(facts, Mapping) else None
@@ -281,13 +280,13 @@ def refuse_other_text(
                 "MODEL.HEAD_ADAPT.EXCLUDE \"['*.cls_score.*']\".",
             )
         if module.precedence == "error":
-            _refuse_difference(module, tensor, plan, stored[tensor], origin)
+            _refuse_difference(module, entry, plan, stored[tensor], origin)
 
 
 def _refuse_difference(
-    module: HeadAdaptTextOutputLayers, tensor: str, plan: AdaptPlan, stored: torch.Tensor, origin: str
+    module: HeadAdaptTextOutputLayers, entry: TensorPlan, plan: AdaptPlan, stored: torch.Tensor, origin: str
 ) -> None:
-    pairs = next(t.carried for t in plan.tensors if t.name == tensor)
+    pairs = entry.carried
     if not pairs:
         return
     ours, theirs = (torch.tensor(side) for side in zip(*pairs, strict=True))

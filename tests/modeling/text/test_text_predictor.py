@@ -28,6 +28,7 @@ from d2_headadapt import (
     layouts_of,
     vocabulary,
 )
+from d2_headadapt.adapt.causes import Cause
 from d2_headadapt.data.datasets import register_datasets
 from d2_headadapt.errors import TextError
 from d2_headadapt.modeling.text.predictor import TextClassifier
@@ -254,7 +255,7 @@ def test_from_a_linear_classifier_boxes_are_carried_and_the_rest_is_said(tmp_pat
     assert torch.equal(ours[1:], theirs[[2, 0]])
     assert checkpointer.plan is not None
     planned = {t.name: t for t in checkpointer.plan.tensors}
-    assert (planned[EMBEDDINGS].action, planned[EMBEDDINGS].reason) == ("initialised", "not in the file")
+    assert (planned[EMBEDDINGS].action, planned[EMBEDDINGS].cause) == ("initialised", Cause.NOT_IN_FILE)
     assert planned[f"{HEAD}.cls_score.weight"].action == "dropped"
     # The projection is untrained, so no class is known yet, whatever its embedding says.
     assert checkpointer.untrained == {"thing": tuple(sorted(NEW))}
