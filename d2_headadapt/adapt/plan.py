@@ -90,7 +90,7 @@ class TensorPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorPlan:
-        """Read back ``data`` of :meth:`to_json`; without a cause, or with one of a later version, the reason is kept."""
+        """Read back ``data`` of :meth:`to_json`; with no cause, or one of a later version, the reason is kept."""
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name != "why"}
         known["why"] = Why.from_facts(data.get("cause"), data.get("facts", {}), str(data.get("reason", "")))
         for name in ("source_shape", "target_shape"):
@@ -177,7 +177,7 @@ class AdaptPlan:
         return self.maps.get(space)
 
     def changed(self) -> tuple[TensorPlan, ...]:
-        """Pick the tensors of the file that reach the model otherwise than whole, though both sides mean the same tensor."""
+        """Pick the tensors of the file that reach the model otherwise than whole, though it is the same tensor."""
         return tuple(
             t
             for t in self.by_action("carried", "initialised", "kept")
