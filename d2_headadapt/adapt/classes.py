@@ -186,5 +186,10 @@ class ClassMap:
 
     @property
     def is_identity(self) -> bool:
-        """Every class keeps its index, none is new and none is dropped."""
+        """Every class keeps its index, none is new and none is dropped; names may differ."""
         return len(self.source) == len(self.target) and all(t == s for t, s in enumerate(self.rows))
+
+    @property
+    def is_same(self) -> bool:
+        """Both tables have the same names in the same order, and every class keeps its rows."""
+        return self.is_identity and self.source.names == self.target.names

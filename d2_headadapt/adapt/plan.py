@@ -111,6 +111,7 @@ class AdaptPlan:
         layouts: of the model's head tensors; they expand class indices to tensor rows.
         maps: by label space, which class takes which: one of them for all tensors of the space that take anything. A
             space has none where its classes were not matched.
+        assumed: label spaces whose source table nobody verified, see :attr:`Provenance.assumed`.
 
     Example:
         >>> import torch
@@ -135,6 +136,7 @@ class AdaptPlan:
     target: Mapping[str, ClassTable] = field(default_factory=dict)
     layouts: tuple[HeadLayout, ...] = ()
     maps: Mapping[str, ClassMap] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     @cached_property
     def _tensors(self) -> Mapping[str, TensorPlan]:
@@ -253,6 +255,7 @@ class AdaptPlan:
             "summary": self.summary(),
             "layouts": [layout.to_json() for layout in self.layouts],
             "maps": {space: list(found.rows) for space, found in self.maps.items()},
+            "assumed": list(self.assumed),
             "origins": {
                 side: {space: table.origin for space, table in tables.items()}
                 for side, tables in (("source", self.source), ("target", self.target))
@@ -289,6 +292,7 @@ class AdaptPlan:
                     target,
                     tuple(HeadLayout.from_json(x) for x in loaded.get("layouts", ())),
                     {space: _checked_map(source[space], target[space], tuple(of)) for space, of in rows.items()},
+                    tuple(map(str, loaded.get("assumed", ()))),
                 )
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise PlanRefused(

@@ -231,7 +231,7 @@ class HeadGroup:
             return self._entry(m, "copied", verified=True, why=Why(Cause.AGNOSTIC))
         background = bool(m.extra)
         action = carried_or_copied(found)
-        why = Why(Cause.IDENTICAL if action == "copied" else Cause.MATCHED)
+        why = Why(Cause.IDENTICAL if found.is_same else Cause.MATCHED)
         if m.given and found.new:
             why = Why(Cause.MATCHED_AND_TEXT, count=len(found.new))
         if not found.carried and not len(m.fixed_rows(len(found.source))):

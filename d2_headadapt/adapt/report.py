@@ -12,6 +12,7 @@ from tabulate import tabulate
 from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
+from .planner import source_key
 
 _HEADERS = ("head group", "tensor", "action", "in the file", "in the model", "classes")
 _ALIAS_MOST = 12
@@ -129,6 +130,12 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
     if plan.loads_nothing and not notices:
         why = "the model finds none of its tensors in it"
         notices.append(Notice("refused", "the file gives this model nothing", why, "", "", ()))
+    for space in plan.assumed:
+        table, key = plan.source[space], source_key(space)
+        what = f"the {len(table)} {space} classes of the file are assumed ({shorten(table.names)})"
+        why = "it was made from weights whose classes nobody named"
+        names = tuple(t.name for t in plan.by_action("copied", "carried") if t.space == space)
+        notices.append(Notice("unverified", what, why, f"{key} names.txt", "where they are others", names))
     by_shape = [t for t in plan.by_action("copied") if not t.verified]
     for (group, root), tensors in _grouped(by_shape).items():
         what = f"{_count(len(tensors), 'tensor')} {f'of {group} ' if group else ''}copied by shape alone"

@@ -8,7 +8,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,26 +16,28 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
+from ..adapt.causes import Cause
 from ..adapt.plan import AdaptPlan
 from ..adapt.registry import layouts_of
 from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
-from ..files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
-from ..modeling.text.nearest import NearestRows, plan_nearest
-from ..modeling.text.predictor import FACTS, refuse_other_text, text_facts
+from ..files import shapes_of, write_checkpoint, write_text
+from ..modeling.text.predictor import FACTS, text_facts
 from .load import (
-    asks_heuristics,
+    LoadRequest,
+    PreparedLoad,
     check_exists,
     has_foreign_hooks,
     not_fetched,
-    plan_load,
-    refuse_plan,
-    settle_checkpoint,
+    prepare_load,
+    read_local,
+    say_unused,
 )
-from .optimizer import adapt_averages, adapt_resume, find_optimizer
+from .optimizer import find_optimizer
 from .provenance import KEY, Provenance, optimizer_names
 from .ranks import agree, compare, everywhere, readable_everywhere, share_new_rows
+from .source_keys import UnusedKey, applied_keys
 from .untrained import OPEN_ROWS, open_rows, projections, unchanged_classes, untrained_classes
 
 logger = logging.getLogger(__name__)
@@ -98,9 +99,9 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.plan: AdaptPlan | None = None
         self.untrained: dict[str, tuple[str, ...]] = {}
         self._open: dict[str, tuple[str, ...]] = {}
-        self._origin = ""
-        self._resumes: set[str] = set()
-        self._own_file = False
+        self._known = Provenance()
+        self._assumed: tuple[str, ...] = ()
+        self._request = LoadRequest("", self.settings)
         self._agreed = False
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
@@ -124,10 +125,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         own = bool(self.save_dir) and self.has_checkpoint() and path == self.get_checkpoint_file()
         if comm.get_world_size() == 1:
             check_exists(path, own_file=own)
-        self._origin = path
-        self._resumes = set(self.checkpointables if checkpointables is None else checkpointables)
-        self._agreed = False
-        self._own_file = own
+        resumes = frozenset(self.checkpointables if checkpointables is None else checkpointables)
+        self._request, self._agreed = LoadRequest(path, self.settings, resumes, own), False
         try:
             with readable_everywhere(file, not local or os.path.isfile(file)) as readable, self._as_it_was():
                 return dict(super().load(f"{readable}?{query}" if query else readable, checkpointables))
@@ -167,10 +166,12 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         """Put model and checkpointables back where something fails after the first of them was written to."""
         # A copy of the model costs as much memory as the model, so it is made only where something may fail after the
         # model was written to: other state to load, other ranks to agree with, or a loading hook of somebody else's.
-        needed = bool(self._resumes) or comm.get_world_size() > 1 or has_foreign_hooks(self.model)
+        needed = bool(self._request.resumes) or comm.get_world_size() > 1 or has_foreign_hooks(self.model)
         tensors = {name: value for name, value in self.model.state_dict().items() if torch.is_tensor(value)}
         model = {name: value.clone() for name, value in tensors.items()} if needed else {}
-        others = {n: copy.deepcopy(v.state_dict()) for n, v in self.checkpointables.items() if n in self._resumes}
+        others = {
+            n: copy.deepcopy(v.state_dict()) for n, v in self.checkpointables.items() if n in self._request.resumes
+        }
         try:
             yield
         except BaseException:
@@ -183,27 +184,24 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         # Only what the plan takes is verified, once the plan is there.
-        checkpoint = read_checkpoint(filename, trust=self.settings.trust_file, verify=False)
-        if asks_heuristics(self._origin):
-            checkpoint["matching_heuristics"] = True
-        checkpoint["__path__"] = filename
-        return checkpoint
+        return {**read_local(filename, self._request.path, trust=self.settings.trust_file), "__path__": filename}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
-        path = checkpoint.pop("__path__", self._origin)
-        state, plan, known, error = OrderedDict[str, torch.Tensor](), AdaptPlan(()), Provenance(), None
+        prepared, error = PreparedLoad(OrderedDict(), AdaptPlan(()), Provenance()), None
         try:
-            state, plan, known = self._prepare(checkpoint, path)
+            prepared = self._prepare(checkpoint, checkpoint.pop("__path__", self._request.path))
         except HeadAdaptError as exc:
             error = exc
         self._agree(error)
+        plan, known = prepared.plan, prepared.known
         self._write_plan(plan)
+        # Asked before the model is written to, because asking may fail.
         untrained, still_open = untrained_classes(plan, known), open_rows(plan, known)
-        self.model.load_state_dict(state)
+        self.model.load_state_dict(prepared.state)
         share_new_rows(plan, self.model.state_dict())
-        compare(self.model.state_dict(), self._origin)
-        self._remember(plan, untrained)
-        self._open = still_open
+        compare(self.model.state_dict(), self._request.path)
+        self._remember(plan, known)
+        self.untrained, self._open = untrained, still_open
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
             unexpected_keys=[t.name for t in plan.by_action("dropped")],
@@ -214,7 +212,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         """Once per load, whatever it meets: a rank that does not ask would leave the others waiting."""
         if not self._agreed:
             self._agreed = True
-            agree(error, self._origin)
+            agree(error, self._request.path)
 
     def adapted(
         self, checkpoint: dict[str, Any], path: str, origin: str = ""
@@ -229,63 +227,27 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         Raises:
             HeadAdaptError: the checkpoint or the plan is refused.
         """
-        self._origin, self._resumes = origin or path, set()
-        state, plan, _ = self._prepare(checkpoint, path)
-        return dict(state), plan
+        self._request = LoadRequest(origin or path, self.settings)
+        prepared = self._prepare(checkpoint, path)
+        return dict(prepared.state), prepared.plan
 
-    def _prepare(
-        self, checkpoint: dict[str, Any], path: str
-    ) -> tuple[OrderedDict[str, torch.Tensor], AdaptPlan, Provenance]:
-        """Everything that can fail, before anything is written to; ``checkpoint`` loses what is used."""
-        provenance = checkpoint.pop(KEY, None)
-        known = Provenance() if provenance is None else Provenance.from_plain(provenance, self._origin)
-        stored = checkpoint.pop("model")
-        model_state = self.model.state_dict()
-        settings = self.settings
-        if self._own_file:
-            # What the user said of MODEL.WEIGHTS is not about this run's own checkpoint.
-            settings = replace(settings, source={}, initialise=frozenset(), include=(), exclude=(), rename=())
-        settled = settle_checkpoint(stored, model_state, checkpoint, settings)
-        plan = plan_load(settled, self.model, settings, known, self._origin)
-        nearest = NearestRows(plan, {})
-        if settings.new_rows == "nearest":
-            nearest = plan_nearest(plan, settings.text_file, settings.text_names)
-        plan = nearest.plan
-        self._say(plan)
-        if nearest.neighbours:
-            self.logger.info("%s", nearest.line())
-        refuse_plan(plan, settings.min_coverage, self._origin)
-        refuse_other_text(self.model, plan, settled.tensors, known.extra.get(FACTS), self._origin)
-        resumed = {key: checkpoint[key] for key in sorted(self._resumes & checkpoint.keys())}
-        if resumed:
-            if settings.verify_file:
-                verify_tensors(path, resumed)
-            # An optimizer keeps the tensors it is given, and these are views of a file that may change under it.
-            checkpoint.update(copy.deepcopy(resumed))
-            adapt_resume(checkpoint, plan, known, self.model, self.checkpointables, settings.resume, self._origin)
-        if self.settings.verify_file:
-            verify_tensors(path, {t.name: settled.tensors[t.name] for t in plan.by_action("copied", "carried")})
-        state = OrderedDict(nearest.apply(plan.apply(settled.tensors, model_state)))
-        # What a module keeps beside its tensors (`_extra_state`) has no classes.
-        state.update({n: v for n, v in settled.tensors.items() if n in state and not torch.is_tensor(v)})
-        adapt_averages(checkpoint, plan, state)
-        if hasattr(stored, "_metadata"):
-            # Modules convert old formats by the version numbers in it.
-            state._metadata = stored._metadata  # type: ignore[attr-defined]
-        return state, plan, known
+    def _prepare(self, checkpoint: dict[str, Any], file: str) -> PreparedLoad:
+        return prepare_load(self._request, checkpoint, file, self.model, self.checkpointables, self._say)
 
-    def _remember(self, plan: AdaptPlan, untrained: dict[str, tuple[str, ...]]) -> None:
-        self.plan = plan
-        self.untrained = untrained
+    def _remember(self, plan: AdaptPlan, known: Provenance) -> None:
+        self.plan, self._known = plan, known
+        by_shape = {t.space for t in plan.tensors if t.cause is Cause.SHAPES_AGREE and t.space in plan.target}
+        self._assumed = tuple(sorted({*plan.assumed, *filter(None, by_shape)}))
         for module in self.model.modules():
             if hasattr(module, "class_table") and "thing" in plan.target:
                 module.class_table = plan.target["thing"]
 
-    def _say(self, plan: AdaptPlan) -> None:
+    def _say(self, plan: AdaptPlan, unused: tuple[UnusedKey, ...]) -> None:
         """What will happen, before anything does."""
         if not self._told:
             self.logger.info("No class tables are attached to the model: heads are loaded as stock detectron2 does.")
-        self.logger.info("Plan of %s:\n%s", self._origin, plan_table(plan, summary=False))
+        say_unused(unused)
+        self.logger.info("Plan of %s:\n%s", self._request.path, plan_table(plan, summary=False))
         for notice in plan_notices(plan):
             if notice.level == "unverified":
                 self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
@@ -316,7 +278,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             data[key] = value.state_dict()
         data.update(kwargs)
         if "iteration" in kwargs:
-            self.untrained, self._open = {}, {}
+            self.untrained, self._open, self._assumed = {}, {}, ()
         data[KEY] = self.provenance().to_plain()
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -376,4 +338,6 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         facts = text_facts(self.model)
         if facts:
             extra[FACTS] = facts
-        return Provenance(fitting, layouts, names, self.untrained, extra)
+        applied = applied_keys(self.settings, self._known)
+        assumed = tuple(space for space in self._assumed if space in fitting)
+        return Provenance(fitting, layouts, names, self.untrained, applied, assumed, extra)

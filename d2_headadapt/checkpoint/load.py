@@ -1,11 +1,13 @@
-"""From a file, a model and a user's settings to a plan; nothing is loaded here."""
+"""One load, from a file, a model and a user's settings to the state that the model gets; nothing is written to here."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
@@ -15,15 +17,20 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..adapt.classes import ClassTable, did_you_mean
+from ..adapt.layouts import HeadLayout
 from ..adapt.plan import AdaptPlan
 from ..adapt.planner import plan_adaptation, source_key
 from ..adapt.registry import layouts_of
 from ..adapt.vocabularies import zoo_tables
 from ..config.settings import AdaptSettings
 from ..errors import CheckpointFileError, NotFetchedError, PlanRefused
-from ..files import read_checkpoint, shapes_of
+from ..files import read_checkpoint, shapes_of, verify_tensors
+from ..modeling.text.nearest import NearestRows, plan_nearest
+from ..modeling.text.predictor import FACTS, refuse_other_text
 from .keys import SettledNames, left_out, rename, settle_names
+from .optimizer import adapt_averages, adapt_resume
 from .provenance import KEY, Provenance
+from .source_keys import Reason, UnusedKey, keys_for
 
 logger = logging.getLogger(__name__)
 
@@ -71,94 +78,134 @@ def asks_heuristics(path: str) -> bool:
     return asked
 
 
-def settle_checkpoint(
-    stored: Mapping[str, Any],
-    model_state: Mapping[str, torch.Tensor],
-    checkpoint: Mapping[str, Any],
-    settings: AdaptSettings,
-) -> SettledNames:
-    """The tensors of a file under the model's names, by the rules of its format and the user's."""
-    tensors = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in stored.items()}
-    settled = settle_names(
-        rename(tensors, settings.rename),
-        shapes_of(model_state),
-        caffe2=checkpoint.get("__author__") == "Caffe2",
-        heuristics=bool(checkpoint.get("matching_heuristics", False)),
-    )
-    out = left_out(settled.tensors, settings.include, settings.exclude)
-    return replace(settled, excluded=out)
-
-
-def read_weights(path: str, settings: AdaptSettings) -> tuple[dict[str, Any], str]:
-    """A checkpoint by its path or address, its values not verified yet, and the local file that they are in."""
-    try:
-        local: str = PathManager.get_local_path(path.partition("?")[0])
-    except (OSError, AssertionError) as exc:
-        raise not_fetched(path, exc) from exc
-    checkpoint = read_checkpoint(local, trust=settings.trust_file, verify=False)
-    if asks_heuristics(path):
-        checkpoint["matching_heuristics"] = True
-    return checkpoint, local
-
-
-def plan_file(path: str, model: nn.Module, settings: AdaptSettings) -> AdaptPlan:
-    """Plan the load of a file into a model, which may be on the meta device; nothing is loaded.
+@dataclass(frozen=True)
+class LoadRequest:
+    """What one load is about, from the path that was asked for on.
 
     Args:
-        path: file or address.
-        model: gives names, shapes and layouts.
+        path: file or address as it was given, with its query; a model zoo address names the classes.
         settings: what the user wants.
+        resumes: what is loaded beside the model, by name.
+        own: the file is the last checkpoint of the run that is resumed.
+    """
+
+    path: str
+    settings: AdaptSettings
+    resumes: frozenset[str] = frozenset()
+    own: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedLoad:
+    """A file and a model brought together, nothing loaded yet.
+
+    Args:
+        plan: what happens to every tensor.
+        tensors: the file's, under the model's names.
+        known: what the file says of itself.
+        settings: those that hold for this file.
+        unused: keys that are set and do not hold for it.
+    """
+
+    plan: AdaptPlan
+    tensors: Mapping[str, torch.Tensor]
+    known: Provenance
+    settings: AdaptSettings
+    unused: tuple[UnusedKey, ...] = ()
+
+
+@dataclass(frozen=True)
+class PreparedLoad:
+    """Everything that a load writes, after everything that can fail.
+
+    Args:
+        state: the model's new state dict.
+        plan: what was done to make it.
+        known: what the file says of itself.
+    """
+
+    state: OrderedDict[str, torch.Tensor]
+    plan: AdaptPlan
+    known: Provenance
+
+
+def prepare_load(
+    request: LoadRequest,
+    checkpoint: dict[str, Any],
+    file: str,
+    model: nn.Module,
+    checkpointables: Mapping[str, Any],
+    say: Callable[[AdaptPlan, tuple[UnusedKey, ...]], None],
+) -> PreparedLoad:
+    """Plan a load, refuse what must not be loaded, and make the new state; nothing is written to.
+
+    Args:
+        request: what is asked for.
+        checkpoint: the file's content; it loses what is used, and the rest is made to fit the live run.
+        file: the local file that the values are views of.
+        model: gives names, shapes, layouts and new rows.
+        checkpointables: what the rest of the checkpoint will be loaded into.
+        say: told of the plan before anything of it is refused.
 
     Raises:
-        HeadAdaptError: the file cannot be read, or a name is ambiguous. A refused plan is returned.
+        HeadAdaptError: the file or the plan is refused.
     """
-    checkpoint, _ = read_weights(path, settings)
-    known = Provenance() if KEY not in checkpoint else Provenance.from_plain(checkpoint[KEY], path)
-    settled = settle_checkpoint(checkpoint["model"], model.state_dict(), checkpoint, settings)
-    return plan_load(settled, model, settings, known, path)
+    made = plan_checkpoint(request, checkpoint, model)
+    stored, settings = checkpoint.pop("model"), made.settings
+    checkpoint.pop(KEY, None)
+    nearest = NearestRows(made.plan, {})
+    if settings.new_rows == "nearest":
+        nearest = plan_nearest(made.plan, settings.text_file, settings.text_names)
+    plan = nearest.plan
+    say(plan, made.unused)
+    if nearest.neighbours:
+        logger.info("%s", nearest.line())
+    refuse_plan(plan, settings.min_coverage, request.path)
+    refuse_other_text(model, plan, made.tensors, made.known.extra.get(FACTS), request.path)
+    resumed = {key: checkpoint[key] for key in sorted(request.resumes & checkpoint.keys())}
+    if resumed:
+        if settings.verify_file:
+            verify_tensors(file, resumed)
+        # An optimizer keeps the tensors it is given, and these are views of a file that may change under it.
+        checkpoint.update(copy.deepcopy(resumed))
+        adapt_resume(checkpoint, plan, made.known, model, checkpointables, settings.resume, request.path)
+    if settings.verify_file:
+        verify_tensors(file, {t.name: made.tensors[t.name] for t in plan.by_action("copied", "carried")})
+    state = OrderedDict(nearest.apply(plan.apply(made.tensors, model.state_dict())))
+    # What a module keeps beside its tensors (`_extra_state`) has no classes.
+    state.update({n: v for n, v in made.tensors.items() if n in state and not torch.is_tensor(v)})
+    adapt_averages(checkpoint, plan, state)
+    if hasattr(stored, "_metadata"):
+        # Modules convert old formats by the version numbers in it.
+        state._metadata = stored._metadata  # type: ignore[attr-defined]
+    return PreparedLoad(state, plan, made.known)
 
 
-def plan_load(
-    settled: SettledNames,
-    model: nn.Module,
-    settings: AdaptSettings,
-    known: Provenance,
-    origin: str,
-) -> AdaptPlan:
-    """Bring file, model and settings together in a plan; nothing is loaded.
+def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: nn.Module) -> PlannedLoad:
+    """Bring a file's content, a model and a user's settings together in a plan; all stay as they are.
 
     Args:
-        settled: the file's tensors under the model's names.
+        request: what is asked for.
+        checkpoint: in stock detectron2's form, ``{"model": {name: values}, ...}``.
         model: on any device, the meta device included.
-        settings: what the user wants.
-        known: the file's provenance.
-        origin: the path or address that the user gave; a model zoo address names the classes.
+
+    Raises:
+        HeadAdaptError: a name is ambiguous, or a key cannot be used. A refused plan is returned.
     """
-    sources: dict[str, ClassTable] = {**(zoo_tables(origin) or {}), **settings.source}
-    for space, table in known.tables.items():
-        if space in settings.source and settings.source[space] != table:
-            logger.warning(
-                "%s names %d classes, but the file says itself that it has %d: the file is right.",
-                source_key(space),
-                len(settings.source[space]),
-                len(table),
-            )
-        sources[space] = table
+    known = Provenance() if KEY not in checkpoint else Provenance.from_plain(checkpoint[KEY], request.path)
+    settings, unused = keys_for(request.settings, known, request.path, own=request.own)
+    shapes = shapes_of(model.state_dict())
+    settled = settle_checkpoint(checkpoint, shapes, settings)
     layouts = layouts_of(model)
     for space in sorted(set(settings.source) - {layout.space for layout in layouts}):
         logger.info("%s is set, but the model has no %s head.", source_key(space), space)
-    shapes = shapes_of(model.state_dict())
-    targets = dict(settings.target)
-    for space, table in known.tables.items():
-        mine = [x for x in layouts if x.space == space and not x.rebuilt]
-        if space not in targets and all(x.fits(shapes[x.tensor], len(table)) for x in mine):
-            targets[space] = table
-    return plan_adaptation(
+    sources = {**(zoo_tables(request.path) or {}), **known.tables, **settings.source}
+    plan = plan_adaptation(
         shapes_of(settled.tensors),
         shapes,
         layouts,
         source_tables=sources,
-        target_tables=targets,
+        target_tables=_targets(settings, known, layouts, shapes),
         source_layouts=known.layouts,
         aliases=settings.aliases,
         match=settings.match,
@@ -166,6 +213,80 @@ def plan_load(
         dropped=settled.dropped,
         excluded=settled.excluded,
     )
+    assumed = tuple(s for s in known.assumed if s not in settings.source and s in plan.maps)
+    return PlannedLoad(replace(plan, assumed=assumed), settled.tensors, known, settings, unused)
+
+
+def settle_checkpoint(
+    checkpoint: Mapping[str, Any], model_shapes: Mapping[str, tuple[int, ...]], settings: AdaptSettings
+) -> SettledNames:
+    """Give the tensors of a file the model's names, by the rules of its format and the user's."""
+    tensors = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in checkpoint["model"].items()}
+    settled = settle_names(
+        rename(tensors, settings.rename),
+        model_shapes,
+        caffe2=checkpoint.get("__author__") == "Caffe2",
+        heuristics=bool(checkpoint.get("matching_heuristics", False)),
+    )
+    return replace(settled, excluded=left_out(settled.tensors, settings.include, settings.exclude))
+
+
+def _targets(
+    settings: AdaptSettings, known: Provenance, layouts: Sequence[HeadLayout], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, ClassTable]:
+    """The user's target tables, and for spaces without one the file's, where the model was built for it."""
+    targets = dict(settings.target)
+    for space, table in known.tables.items():
+        mine = [x for x in layouts if x.space == space and not x.rebuilt]
+        if space not in targets and all(x.fits(shapes[x.tensor], len(table)) for x in mine):
+            targets[space] = table
+    return targets
+
+
+def read_weights(path: str, *, trust: bool) -> tuple[dict[str, Any], str]:
+    """Read a checkpoint by its path or address; its values are not verified yet.
+
+    Returns:
+        Its content, and the local file that the values are views of.
+    """
+    try:
+        local: str = PathManager.get_local_path(path.partition("?")[0])
+    except (OSError, AssertionError) as exc:
+        raise not_fetched(path, exc) from exc
+    return read_local(local, path, trust=trust), local
+
+
+def read_local(file: str, path: str, *, trust: bool) -> dict[str, Any]:
+    """Read a local file; ``path`` is what the user typed, whose query may ask for matching by suffixes."""
+    checkpoint = read_checkpoint(file, trust=trust, verify=False)
+    if asks_heuristics(path):
+        checkpoint["matching_heuristics"] = True
+    return checkpoint
+
+
+def plan_file(path: str, model: nn.Module, settings: AdaptSettings, *, own: bool = False) -> AdaptPlan:
+    """Plan the load of a file into a model, which may be on the meta device; nothing is loaded.
+
+    Args:
+        path: file or address.
+        model: gives names, shapes and layouts.
+        settings: what the user wants.
+        own: the file is the last checkpoint of the run that is resumed.
+
+    Raises:
+        HeadAdaptError: the file cannot be read, or a name is ambiguous. A refused plan is returned.
+    """
+    checkpoint, _ = read_weights(path, trust=settings.trust_file)
+    made = plan_checkpoint(LoadRequest(path, settings, own=own), checkpoint, model)
+    say_unused(made.unused)
+    return made.plan
+
+
+def say_unused(unused: Iterable[UnusedKey]) -> None:
+    """Log each key that is set and does not hold for a file."""
+    for key in unused:
+        # What went into the file already is as the guides say; what the file contradicts is a surprise.
+        logger.log(logging.WARNING if key.reason is Reason.FILE_SAYS else logging.INFO, "%s", key.sentence())
 
 
 def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:

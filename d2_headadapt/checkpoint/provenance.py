@@ -27,6 +27,8 @@ class Provenance:
         layouts: of its head tensors.
         optimizer: parameter names of each optimizer group, in the optimizer's order.
         untrained: classes by label space of which some row was neither carried, fitted nor trained.
+        applied: the keys about source weights that went into the file, by name; plain types.
+        assumed: label spaces whose table nobody verified: rows were copied by shape from a file without names.
         extra: everything else, kept as it was found.
     """
 
@@ -34,13 +36,24 @@ class Provenance:
     layouts: tuple[HeadLayout, ...] = ()
     optimizer: tuple[tuple[str, ...], ...] = ()
     untrained: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    applied: Mapping[str, Any] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def says_classes(self) -> bool:
+        """The file says of itself what it predicts, or what went into it."""
+        return bool(self.tables or self.layouts or self.applied)
 
     def to_plain(self) -> dict[str, Any]:
         """The form that goes into a file."""
-        extra = {key: value for key, value in self.extra.items() if key != "untrained"}
+        extra = {key: value for key, value in self.extra.items() if key not in ("untrained", "applied", "assumed")}
         if self.untrained:
             extra["untrained"] = {space: list(names) for space, names in self.untrained.items()}
+        if self.applied:
+            extra["applied"] = dict(self.applied)
+        if self.assumed:
+            extra["assumed"] = list(self.assumed)
         return {
             "version": VERSION,
             "tables": {space: list(table.names) for space, table in self.tables.items()},
@@ -75,6 +88,8 @@ class Provenance:
         try:
             extra = dict(data.get("extra") or {})
             untrained = {str(s): tuple(map(str, names)) for s, names in (extra.pop("untrained", None) or {}).items()}
+            applied = dict(extra.pop("applied", None) or {})
+            assumed = tuple(map(str, extra.pop("assumed", None) or ()))
             known = {"version", "tables", "layouts", "optimizer", "extra"}
             extra.update({key: value for key, value in data.items() if key not in known})
             return cls(
@@ -82,6 +97,8 @@ class Provenance:
                 tuple(HeadLayout.from_json(layout) for layout in data.get("layouts") or ()),
                 tuple(tuple(map(str, group)) for group in data.get("optimizer") or ()),
                 untrained,
+                applied,
+                assumed,
                 extra,
             )
         except (AttributeError, TypeError, ValueError) as exc:

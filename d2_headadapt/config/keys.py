@@ -38,7 +38,8 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # "target=source" pairs for classes whose names differ.
     node.ALIASES = []
 
-    # "name", or "position": class i takes the weights of class i, whatever the names.
+    # "name", or "position": class i takes the weights of class i. Position is refused where the file names its own
+    # classes and they differ; "position_over_names" says that those names are wrong.
     node.MATCH = "name"
 
     # Least share (0 to 1) of the file's tensors that must find a place in the model.

@@ -62,6 +62,9 @@ class AdaptSettings:
         include, exclude, rename: see :mod:`d2_headadapt.checkpoint.keys`.
         new_rows: ``"recipe"``, or ``"nearest"``: see :mod:`d2_headadapt.modeling.text.nearest`.
         text_file, text_names: see :func:`d2_headadapt.modeling.text.bundle.read_bundle`.
+        weights: the file that ``source``, ``aliases``, ``match``, ``include``, ``exclude`` and ``rename`` describe
+            (``MODEL.WEIGHTS``); empty where they describe whatever is loaded. Another file that says its own classes
+            is loaded without them, see :mod:`d2_headadapt.checkpoint.source_keys`.
 
     Raises:
         ConfigError: tables that are none (:meth:`of` takes plain names), or an unknown choice.
@@ -87,6 +90,7 @@ class AdaptSettings:
     new_rows: str = "recipe"
     text_file: str = ""
     text_names: Any = None
+    weights: str = ""
 
     def __post_init__(self) -> None:
         for name in ("target", "source"):
@@ -99,14 +103,14 @@ class AdaptSettings:
                     fix="Plain names are taken by AdaptSettings.of(['cat', 'dog'], source='coco').",
                 )
         for name, choices in (
-            ("match", ("name", "position")),
+            ("match", ("name", "position", "position_over_names")),
             ("resume", ("refuse", "adapt")),
             ("new_rows", ("recipe", "nearest")),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"MODEL.HEAD_ADAPT.{name.upper()}",
-                    expected=f"{choices[0]!r} or {choices[1]!r}",
+                    expected=" or ".join(map(repr, choices)),
                     found=repr(getattr(self, name)),
                     fix=f"Set MODEL.HEAD_ADAPT.{name.upper()} {choices[0]}.",
                 )
@@ -212,6 +216,7 @@ class AdaptSettings:
             str(node.NEW_ROWS),
             str(node.TEXT.FILE),
             node.TEXT.NAMES,
+            str(cfg.MODEL.WEIGHTS),
         )
 
 

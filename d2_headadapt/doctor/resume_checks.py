@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -75,9 +74,7 @@ def optimizer_fits(context: DoctorContext) -> Iterator[Finding]:
     last, checkpoint = last_checkpoint(cfg), _readable(cfg)
     if last is None or not find_state(checkpoint) or context.settings.resume == "adapt":
         return
-    # As the checkpointer does: what the user says of MODEL.WEIGHTS is not about this run's own file.
-    own = replace(context.settings, source={}, initialise=frozenset(), include=(), exclude=(), rename=())
-    plan = plan_file(last, context.model, own)
+    plan = plan_file(last, context.model, context.settings, own=True)
     changed = plan.changed()
     if changed:
         yield Finding(

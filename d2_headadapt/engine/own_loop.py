@@ -269,7 +269,7 @@ def adapt_state_dict(
     if isinstance(weights, (str, os.PathLike)):
         path = os.fspath(weights)
         check_exists(path)
-        checkpoint, local = read_weights(path, checkpointer.settings)
+        checkpoint, local = read_weights(path, trust=checkpointer.settings.trust_file)
         return checkpointer.adapted(checkpoint, local, path)
     return checkpointer.adapted(_checkpoint(weights), "the state dict")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,16 @@ from helpers.models import model_of, names, stock_model, tiny_cfg
 
 from d2_headadapt import AdaptPlan, AdaptSettings, ClassTable, HeadAdaptCheckpointer
 from d2_headadapt.adapt.causes import Cause
-from d2_headadapt.checkpoint.keys import SettledNames
-from d2_headadapt.checkpoint.load import asks_heuristics, check_exists, plan_file, plan_load, refuse_plan
-from d2_headadapt.checkpoint.provenance import Provenance
+from d2_headadapt.checkpoint.load import (
+    LoadRequest,
+    asks_heuristics,
+    check_exists,
+    plan_checkpoint,
+    plan_file,
+    refuse_plan,
+    say_unused,
+)
+from d2_headadapt.checkpoint.provenance import KEY, Provenance
 from d2_headadapt.errors import CheckpointFileError, PlanRefused
 from d2_headadapt.setup.build import build_on_meta
 
@@ -22,15 +30,19 @@ ZOO = "detectron2://PascalVOC-Detection/faster_rcnn_R_50_C4/142202221/model_fina
 THREE = ClassTable(["cat", "dog", "eel"], "mine")
 
 
-def zoo_like(num_classes: int = 20) -> tuple[SettledNames, torch.nn.Module]:
-    """Tensors of a stock model and a model of ours for three classes."""
-    stored = stock_model(num_classes).state_dict()
-    return SettledNames(dict(stored)), model_of(THREE.names)
+def plan_of(
+    stored: Mapping[str, torch.Tensor], model: torch.nn.Module, settings: AdaptSettings, known: Provenance, origin: str
+) -> AdaptPlan:
+    checkpoint = {"model": dict(stored), **({KEY: known.to_plain()} if known != Provenance() else {})}
+    made = plan_checkpoint(LoadRequest(origin, settings), checkpoint, model)
+    say_unused(made.unused)
+    return made.plan
 
 
 def planned(origin: str, settings: AdaptSettings, known: Provenance | None = None, count: int = 20) -> AdaptPlan:
-    settled, model = zoo_like(count)
-    return plan_load(settled, model, settings, known or Provenance(), origin)
+    """Tensors of a stock model, and a model of ours for three classes."""
+    stored = stock_model(count).state_dict()
+    return plan_of(stored, model_of(THREE.names), settings, known or Provenance(), origin)
 
 
 def test_the_file_is_asked_first_then_the_key_then_the_zoo_path() -> None:
@@ -58,7 +70,10 @@ def test_a_file_that_contradicts_the_key_is_right_and_it_is_said() -> None:
     with logged("d2_headadapt") as said:
         plan = planned("f.pth", asked, Provenance({"thing": ClassTable(names(20, "file"))}))
     assert len(plan.source["thing"]) == 20
-    assert "SOURCE_CLASSES names 7 classes, but the file says itself that it has 20" in texts(said)
+    assert (
+        "SOURCE_CLASSES (7 classes, 20 in the file) names other classes than the file itself does: the file is right"
+        in texts(said)
+    )
 
 
 def test_a_table_for_a_space_that_the_model_lacks_is_one_line() -> None:
@@ -142,14 +157,7 @@ def test_an_address_that_gives_no_file_is_one_error(monkeypatch: pytest.MonkeyPa
 
 def test_anchors_are_not_taken_for_classes() -> None:
     """Three anchors and three classes: the proposal network of every model would be called unverified."""
-    settled, model = zoo_like()
-    plan = plan_load(
-        settled,
-        model,
-        AdaptSettings(target={"thing": THREE}, source={"thing": ClassTable(names(20))}),
-        Provenance(),
-        "f.pth",
-    )
+    plan = planned("f.pth", AdaptSettings(target={"thing": THREE}, source={"thing": ClassTable(names(20))}))
     anchors = next(t for t in plan.tensors if t.name.endswith("objectness_logits.weight"))
     assert anchors.target_shape is not None
     assert anchors.target_shape[0] == 3
@@ -203,9 +211,7 @@ def test_a_backbone_alone_counts_in_full() -> None:
     """Pre-trained backbones are the most common file of all."""
     model = model_of(names(3))
     backbone = {n: v for n, v in model.state_dict().items() if n.startswith("backbone.")}
-    plan = plan_load(
-        SettledNames(backbone), model, AdaptSettings(target={"thing": ClassTable(names(3))}), Provenance(), "b.pkl"
-    )
+    plan = plan_of(backbone, model, AdaptSettings(target={"thing": ClassTable(names(3))}), Provenance(), "b.pkl")
     assert plan.coverage == 1
     refuse_plan(plan, 1.0, "b.pkl")
     assert plan.new_classes() == {"thing": tuple(names(3))}
