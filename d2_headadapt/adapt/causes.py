@@ -15,7 +15,13 @@ Shape = tuple[int, ...]
 
 
 class Cause(str, Enum):
-    """Why a tensor is taken, left or refused; the value stands in a plan's JSON."""
+    """Why a tensor is taken, left or refused; the value stands in a plan's JSON.
+
+    Example:
+        >>> from d2_headadapt import Cause
+        >>> Cause("excluded").by_user, Cause.REBUILT.meant
+        (True, True)
+    """
 
     # The file's values are used.
     SAME_SHAPE = "same_shape"
@@ -111,6 +117,11 @@ class Why:
         count: classes that a shape holds, places, or rows.
         names: one class, or places in the model.
         text: of a plan that states no cause.
+
+    Example:
+        >>> from d2_headadapt import Cause, Why
+        >>> Why(Cause.EXCLUDED, key="MODEL.HEAD_ADAPT.EXCLUDE").facts()
+        {'key': 'MODEL.HEAD_ADAPT.EXCLUDE'}
     """
 
     cause: Cause = Cause.UNSTATED
