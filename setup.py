@@ -38,6 +38,7 @@ setup(
             "hypothesis",
             "mypy",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "types-PyYAML",
             "types-setuptools",

@@ -12,6 +12,10 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+# One thread here and in every process that a test starts, before torch reads it. The sum of a matrix product depends on
+# how it is split, and threads of several test processes on few cores wait for each other: thirty times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis
 import numpy as np
 import pytest
@@ -22,9 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_ASKED = "D2HA_REAL" in os.environ
 REAL = Path(os.environ.get("D2HA_REAL") or ROOT.parent / "shared" / "real").resolve()
 NO_REAL = f"no folder {REAL}; D2HA_REAL names another place"
+LONGEST = [
+    *("test_run", "test_fit_text", "test_run_scripts", "test_fit", "test_run_detectron2", "test_two_hosts"),
+    *("test_export", "test_train_lazy", "test_run_configs", "test_ranks", "test_task_boxes", "test_doctor_model"),
+]
+"""Files that take half of the suite's time. Where several processes share it, who takes one last is waited for."""
 
-# The same threads everywhere, because the sum of a matrix product depends on how it is split.
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -38,7 +46,10 @@ def real() -> Path:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        place = {name: i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         if "real" in getattr(item, "fixturenames", ()):
             item.add_marker("real")

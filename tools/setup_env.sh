@@ -44,7 +44,7 @@ DISK_MB=6400
 PACKAGES="torch torchvision numpy fvcore iopath pycocotools
   black cloudpickle hydra-core matplotlib omegaconf packaging pillow tabulate tensorboard termcolor tqdm yacs
   opencv-python-headless scikit-learn safetensors onnx onnxruntime onnxscript
-  hypothesis mypy pytest ruff types-pyyaml types-setuptools types-tabulate types-tqdm"
+  hypothesis mypy pytest pytest-xdist ruff types-pyyaml types-setuptools types-tabulate types-tqdm"
 
 # Every version, the indirect ones too. setuptools stays below 81 because detectron2 imports pkg_resources, numpy
 # below 2 because the detectron2 wheel asks for it; what is built here takes a newer one.
@@ -61,6 +61,7 @@ cuda-bindings==13.5.0
 cuda-pathfinder==1.9.0
 cuda-toolkit==13.2.2
 cycler==0.12.1
+execnet==2.1.2
 filelock==4.2.11
 flatbuffers==25.12.19
 fonttools==4.68.0
@@ -117,6 +118,7 @@ protobuf==7.36.2
 pycocotools==2.0.11
 pygments==2.21.0
 pyparsing==3.3.3
+pytest-xdist==3.8.0
 pytest==9.2.0
 python-dateutil==4.0.0
 pytokens==0.4.1

@@ -19,7 +19,7 @@ class Cause(str, Enum):
 
     Example:
         >>> from d2_headadapt import Cause
-        >>> Cause("excluded").by_user, Cause.REBUILT.meant
+        >>> Cause("rebuilt").meant, Cause.EXCLUDED.by_user
         (True, True)
     """
 
@@ -119,9 +119,10 @@ class Why:
         text: of a plan that states no cause.
 
     Example:
-        >>> from d2_headadapt import Cause, Why
-        >>> Why(Cause.EXCLUDED, key="MODEL.HEAD_ADAPT.EXCLUDE").facts()
-        {'key': 'MODEL.HEAD_ADAPT.EXCLUDE'}
+        >>> from d2_headadapt import Cause, TensorPlan, Why
+        >>> why = Why(Cause.OTHER_SHAPE, source_shape=(4, 16), target_shape=(3, 8))
+        >>> TensorPlan("cls_score.weight", "initialised", why=why).reason
+        '(4, 16) in the file, (3, 8) in the model'
     """
 
     cause: Cause = Cause.UNSTATED

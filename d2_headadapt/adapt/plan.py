@@ -294,7 +294,7 @@ class AdaptPlan:
                     {space: _checked_map(source[space], target[space], tuple(of)) for space, of in rows.items()},
                     tuple(map(str, loaded.get("assumed", ()))),
                 )
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as exc:
             raise PlanRefused(
                 "plan",
                 expected="the JSON that `d2-headadapt plan --json` writes",
@@ -316,16 +316,18 @@ class AdaptPlan:
             A new dict with every name of ``model``. Whole tensors are shared with an input, not copied.
 
         Raises:
-            PlanRefused: the plan refuses a tensor, or a value that it takes is NaN or infinite.
+            PlanRefused: the plan refuses a tensor, or a value that it takes has another kind of number than the
+                model's, or is NaN or infinite once it is the model's.
         """
         self.raise_if_refused()
         out = dict(model)
         for t in self.by_action("copied", "carried"):
             layout = self.layout(t.name)
-            check_finite(t, source[t.name], layout, self)
+            value = converted(t.name, source[t.name], model[t.name].dtype)
+            check_finite(t, value, layout, self)
             out[t.name] = source[t.name]
             if t.action == "carried" and layout is not None:
-                out[t.name] = move_rows(source[t.name], model[t.name], layout, self.maps[layout.space])
+                out[t.name] = move_rows(value, model[t.name], layout, self.maps[layout.space])
         return out
 
     def raise_if_refused(self) -> None:
@@ -362,11 +364,36 @@ def _has_place(t: TensorPlan) -> bool:
     return t.source_shape is not None and t.action in ("copied", "carried", "initialised", "refused")
 
 
+def converted(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``value`` as ``dtype``, the model's; raise where that would make other numbers of it, but for rounding."""
+    if value.dtype == dtype or value.device.type == "meta":
+        return value
+    fix = "Convert it in the file, or leave it out: MODEL.HEAD_ADAPT.EXCLUDE \"['" + name + "']\". Nothing was loaded."
+    if _number_kind(value.dtype) != _number_kind(dtype):
+        expected, found = f"{_number_kind(dtype)} numbers, as the model's ({dtype})", str(value.dtype)
+        raise PlanRefused(name, expected=expected, found=found, fix=fix)
+    out = value.to(dtype)
+    # An 8-bit float has no infinity that would show a number too large for it, and an integer none at all.
+    exact = not dtype.is_floating_point and not dtype.is_complex
+    if exact and not torch.equal(out.to(value.dtype), value):
+        raise PlanRefused(name, expected=f"numbers that {dtype} holds", found=f"others, as {value.dtype}", fix=fix)
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise PlanRefused(name, expected=f"{dtype}, as the model's", found=str(value.dtype), fix=fix)
+    return out
+
+
+def _number_kind(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "floating point" if dtype.is_floating_point else "whole"
+
+
 def check_finite(t: TensorPlan, value: torch.Tensor, layout: HeadLayout | None, plan: AdaptPlan) -> None:
     """Raise where a value that the plan takes is NaN or infinite, naming the classes it belongs to."""
+    if not (value.is_floating_point() or value.is_complex()) or value.device.type == "meta":
+        return
+    parts = torch.view_as_real(value) if value.is_complex() else value
     # A sum meets every NaN and infinity in one pass and no extra memory; it may also overflow by itself, hence the
-    # second look.
-    if not value.is_floating_point() or value.device.type == "meta" or bool(torch.isfinite(value.sum())):
+    # second look. torch cannot add numbers of 8 bits.
+    if bool(torch.isfinite((parts.float() if parts.element_size() == 1 else parts).sum())):
         return
     broken = ~torch.isfinite(value)
     names: list[str] = []
@@ -397,6 +424,19 @@ def carried_or_copied(space_map: ClassMap) -> str:
     return "copied" if space_map.is_identity else "carried"
 
 
+_BITS = {
+    dtype: bits
+    for name, bits in {
+        "float8": torch.uint8,
+        "uint16": torch.int16,
+        "uint32": torch.int32,
+        "uint64": torch.int64,
+    }.items()
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and str(dtype).startswith(f"torch.{name}")
+}
+
+
 def move_rows(source: torch.Tensor, base: torch.Tensor, layout: HeadLayout, classes: ClassMap) -> torch.Tensor:
     """Return ``base`` with every carried class, and all rows that belong to no class, taken from ``source``.
 
@@ -415,6 +455,9 @@ def move_rows(source: torch.Tensor, base: torch.Tensor, layout: HeadLayout, clas
     targets, sources = [t for t, _ in carried], [s for _, s in carried]
     out = base.clone()
     moved = source.to(device=out.device, dtype=out.dtype)
+    # As bits: torch has no index_copy of 8-bit floats and unsigned integers.
+    bits = _BITS.get(out.dtype, out.dtype)
+    out, moved = out.view(bits), moved.view(bits)
     places: list[tuple[int, torch.Tensor]] = []
     for axis in layout.class_axes:
         to_rows, from_rows = (
@@ -423,7 +466,7 @@ def move_rows(source: torch.Tensor, base: torch.Tensor, layout: HeadLayout, clas
         )
         moved = moved.index_select(axis, from_rows)
         places.append((axis, to_rows))
-    return _write(out, moved, places)
+    return _write(out, moved, places).view(base.dtype)
 
 
 def _write(out: torch.Tensor, moved: torch.Tensor, places: list[tuple[int, torch.Tensor]]) -> torch.Tensor:

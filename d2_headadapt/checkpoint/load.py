@@ -28,7 +28,7 @@ from ..files import read_checkpoint, shapes_of, verify_tensors
 from ..modeling.text.nearest import NearestRows, plan_nearest
 from ..modeling.text.predictor import FACTS, refuse_other_text
 from .keys import SettledNames, left_out, rename, settle_names
-from .optimizer import adapt_averages, adapt_resume
+from .optimizer import adapt_averages, adapt_resume, refuse_other_types
 from .provenance import KEY, Provenance
 from .source_keys import Reason, UnusedKey, keys_for
 
@@ -164,6 +164,7 @@ def prepare_load(
     refuse_other_text(model, plan, made.tensors, made.known.extra.get(FACTS), request.path)
     resumed = {key: checkpoint[key] for key in sorted(request.resumes & checkpoint.keys())}
     if resumed:
+        refuse_other_types(resumed, checkpointables, request.path)
         if settings.verify_file:
             verify_tensors(file, resumed)
         # An optimizer keeps the tensors it is given, and these are views of a file that may change under it.

@@ -24,7 +24,7 @@ EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words, script = split_script(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words, argparse.Namespace(script=script))
+    args = with_home(build_parser().parse_args(words, argparse.Namespace(script=script)))
     if args.run == "explain":
         return explain(args)
     try:
@@ -75,6 +75,23 @@ def check_script(script: Sequence[str]) -> None:
         )
 
 
+def with_home(args: argparse.Namespace) -> argparse.Namespace:
+    """Expand ``~`` in the paths of a command line: a shell does so in ``--weights ~/x``, not in ``--weights=~/x``."""
+    for name in ("config_file", "weights", "output", "json", "html", "images", "image", "opts"):
+        value = getattr(args, name, None)
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(args, name, [_expanded(word) if isinstance(word, str) else word for word in value])
+    return args
+
+
+def _expanded(word: str) -> str:
+    # key=~/x of a LazyConfig
+    key, equal, value = word.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equal and value.startswith("~") else os.path.expanduser(word)
+
+
 def split_script(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Part the words of ``run`` before the script, or its ``-m``; argparse would look for options behind it too.
 
@@ -104,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - for standard output")
     command.add_argument("--html", metavar="FILE", help="also write it as one page with the class map as a picture")
     command.add_argument("--all", action="store_true", help="list every tensor, not only those of heads")
+    _add_force(command)
     command.set_defaults(run="plan")
 
     command = commands.add_parser(
@@ -139,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="also write the findings as JSON; - for standard output")
     command.add_argument("--all-images", action="store_true", help="open every image rather than a sample")
     command.add_argument("--list", action="store_true", help="print every check and stop")
+    _add_force(command)
     command.set_defaults(run="doctor")
 
     command = commands.add_parser(
@@ -164,7 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", required=True, choices=list(ENDINGS), help="TorchScript by tracing or by scripting, or ONNX"
     )
     command.add_argument("--output", metavar="FILE", required=True, help="the new file, .ts, .pt or .onnx")
-    command.add_argument("--force", action="store_true", help="replace an existing output")
+    _add_force(command)
     command.add_argument(
         "--image",
         nargs="+",
@@ -207,6 +226,10 @@ def score(text: str) -> float:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="FILE", required=True, help="the new checkpoint, .pth or .safetensors")
+    _add_force(command)
+
+
+def _add_force(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace an existing output")
 
 

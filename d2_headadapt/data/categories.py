@@ -62,7 +62,7 @@ def _parse(json_file: str, local: str) -> list[Category]:
                 payload = json.loads(file.read())
     except OSError as error:
         raise _unreadable(json_file, f"{type(error).__name__}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(json_file, f"damaged JSON: {error}") from error
     if categories is None:
         categories = payload.get("categories") if isinstance(payload, dict) else None
@@ -113,7 +113,7 @@ def read_names(path: str, space: str, key: str) -> list[Any]:
             payload = {"categories": categories} if categories is not None else json.loads(file.read())
     except OSError as error:
         raise ClassTableError(key, expected="a readable file", found=str(error), fix="Correct the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ClassTableError(
             f"{key}, {path}", expected="valid JSON or text in UTF-8", found=str(error), fix="Write the file anew."
         ) from error

@@ -242,7 +242,7 @@ def _read_json(entry: DatasetEntry) -> dict[str, list[dict[str, Any]]]:
     try:
         with PathManager.open(path, "r", encoding="utf-8") as file:
             content = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}", expected) from error
     for key in ("images", "annotations"):
         items = content.get(key) if isinstance(content, dict) else None

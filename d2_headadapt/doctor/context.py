@@ -288,7 +288,7 @@ def _read_json(path: str | None) -> dict[str, Any] | None:
     try:
         with PathManager.open(path, "r", encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(
             path, expected="a JSON file", found=f"{type(error).__name__}: {error}", fix="Correct the path or the file."
         ) from error

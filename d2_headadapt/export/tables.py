@@ -52,19 +52,15 @@ def embed_tables(module: Any, path: str, tables: Mapping[str, ClassTable]) -> No
     write_bytes(path, onnx_bytes(module, known) if is_onnx else torchscript_bytes(module, known))
 
 
-def write_bytes(path: str, content: bytes) -> None:
+def write_bytes(path: str, content: bytes, *, exclusive: bool = False) -> None:
     """Write an exported file, whole or not at all.
 
     Args:
-        path: a local file, which is replaced.
+        path: a local file.
         content: its bytes.
+        exclusive: not over one that is there.
     """
-
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            file.write(content)
-
-    replace_file(path, write)
+    replace_file(path, lambda file: file.write(content), exclusive=exclusive)
 
 
 def torchscript_bytes(module: torch.jit.ScriptModule, known: Provenance) -> bytes:
@@ -122,7 +118,7 @@ def facts_of(content: bytes, path: str) -> Provenance:
     try:
         text = _torchscript_entry(content) if is_torchscript(content) else _onnx_entry(content)
         data = json.loads(text) if text is not None else None
-    except (ValueError, zipfile.BadZipFile) as exc:
+    except (ValueError, RecursionError, zipfile.BadZipFile) as exc:
         raise _no_file(path, exc) from exc
     if text is None:
         raise CheckpointFileError(

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 Job = Callable[[str], list[str]]
 
 
-@pytest.fixture(scope="module", params=[(2, "launch"), (4, "launch"), (2, "torchrun")], ids=lambda p: f"{p[0]} {p[1]}")
+@pytest.fixture(scope="module", params=[(2, "launch"), (4, "forked"), (2, "torchrun")], ids=lambda p: f"{p[0]} {p[1]}")
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """What each rank wrote in a scenario; one job runs them all, because starting processes is what takes long."""
     processes, through = request.param
@@ -39,8 +39,8 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     start = [sys.executable]
     if through == "torchrun":
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*start, str(WORKER), str(processes), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [*start, str(WORKER), through, str(processes), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     # Once in some thirty runs on a loaded machine, torch's own threads aborted a process that had already finished.
     aborted_at_exit = "terminate called without an active exception" in done.stderr

@@ -47,12 +47,6 @@ image. On so few images one detection more or less moves a rare class by points.
 """
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Two threads that wait for each other on a shared machine take thirty times as long; conftest puts two back."""
-    torch.set_num_threads(1)
-
-
 @dataclass
 class Real:
     """The demo model's module, its weights, and validation images under both lists of classes."""

@@ -29,11 +29,6 @@ COLOUR = TaskSpec("colour", "image", ClassTable(["red", "green"]))
 SHAPE = TaskSpec("shape", "image", ClassTable(["round", "square"]))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class Net(nn.Module):
     """A body, a head with a loss of its own, and two tasks. A batch is the labels of each task."""
 

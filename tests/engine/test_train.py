@@ -44,12 +44,6 @@ SOURCE = "MODEL.HEAD_ADAPT.SOURCE_CLASSES"
 ALLOW = "MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Two threads that wait for each other on a shared machine take thirty times as long; conftest puts two back."""
-    torch.set_num_threads(1)
-
-
 class Run:
     """A folder with a yaml, a tiny COCO dataset, and a stock checkpoint of five classes."""
 
@@ -94,7 +88,6 @@ def run(tmp_path: Path, weights: Path) -> Iterator[Run]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Iterator[tuple[Run, str]]:
     """A run of two iterations with an evaluation after each, and everything that was logged."""
-    torch.set_num_threads(1)
     made = Run(tmp_path_factory.mktemp("trained"), weights)
     with fresh_loggers():
         made.main("TEST.EVAL_PERIOD", 1, "MODEL.DEVICE", "cpu")

@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog
 from helpers.commands import ROOT, cli, fresh_loggers, python
 from helpers.datasets import write_coco
 from helpers.files import HEAD
+from helpers.guides import script
 from helpers.lazy import write_lazy, write_yaml
 from helpers.models import model_of, same_bits
 from omegaconf import OmegaConf
@@ -36,8 +37,7 @@ OURS = "from d2_headadapt import HeadAdaptROIHeads\nmodel.roi_heads._target_ = H
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    torch.set_num_threads(1)
+def _fresh_loggers() -> Any:
     with fresh_loggers():
         yield
 
@@ -308,7 +308,7 @@ def test_two_processes_on_cpus_end_with_one_model(tmp_path: Path, weights: Path)
 
 
 def test_the_tool_says_a_mistake_in_one_line_with_its_exit_code(tmp_path: Path) -> None:
-    ran = python(TOOL, "--config-file", write_lazy(tmp_path), "SOLVER.MAX_ITER", "3")
+    ran = script([str(TOOL), "--config-file", str(write_lazy(tmp_path)), "SOLVER.MAX_ITER", "3"])
     assert ran.code == 2, ran.err
     last = ran.err.splitlines()[-1]
     assert last.startswith("error: command line, 'SOLVER.MAX_ITER': expected key=value") and "Traceback" not in ran.err

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, MetadataCatalog
@@ -34,8 +33,7 @@ BOX_TASKS = {"parity": {"on": "box"}, "scene": {"on": "box", "classes": ["day", 
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
+def _fresh_loggers() -> Iterator[None]:
     with fresh_loggers():
         yield
 

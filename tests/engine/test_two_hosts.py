@@ -106,7 +106,6 @@ def both(hosts: Sequence[str], folder: Path, start: Start, *options: Any) -> lis
         "PYTHONWARNINGS": "ignore",
         "GLOO_SOCKET_IFNAME": "wire",
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
     }
     deadline = time.monotonic() + LIMIT
     try:

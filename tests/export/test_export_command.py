@@ -261,7 +261,6 @@ def test_shapes_types_missing_outputs_and_numbers_that_are_none() -> None:
 
 @pytest.mark.real
 def test_a_real_detector_detects_the_same_on_real_photographs(real: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     cfg = get_cfg()
     add_headadapt_config(cfg)
     fbnet_c4(real).add_fbnet_c4_config(cfg)

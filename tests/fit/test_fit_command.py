@@ -73,11 +73,6 @@ class Workplace:
         return trainer
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture()
 def place(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)

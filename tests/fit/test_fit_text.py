@@ -104,7 +104,6 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.real
 def test_classes_of_coco_that_were_held_out_are_found_by_name_alone(tool: Any, real: Path, tmp_path: Path) -> None:
     """Twenty names added to a text head of sixty, without training; the control gives each another's row."""
-    torch.set_num_threads(1)
     arms = tool.run_text(tool.Show(real, tmp_path), 50.0, more=False)["arms"]
     unseen, control = (arms[f"text head, 20 names added{words}"]["unseen"] for words in ("", ", shuffled"))
     assert unseen > 2.0

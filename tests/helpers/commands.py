@@ -67,11 +67,10 @@ def fresh_loggers() -> Iterator[None]:
 
 
 def python(*arguments: object, cwd: Path | None = None, timeout: float = 240, env: dict[str, str] | None = None) -> Ran:
-    """``python ARGUMENTS`` with this project on the path and two threads."""
+    """``python ARGUMENTS`` with this project on the path."""
     variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         **(env or {}),
     }

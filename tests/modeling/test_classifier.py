@@ -237,8 +237,10 @@ def test_predictions_agree_with_the_logits() -> None:
     for i, out in enumerate(found):
         assert set(out) == {"tasks", *(f"{kind}_{name}" for kind in ("pred", "scores") for name in TASKS)}
         assert out["tasks"].keys() == TASKS.keys()
-        assert torch.equal(out["scores_colour"], logits["colour"][i].softmax(0))
-        assert torch.equal(out["tasks"]["tags"], logits["tags"][i].sigmoid())
+        # The model takes these functions of the whole batch. Of one row, the vector instructions of some processors
+        # round differently: by an ulp, 6e-8 below 1.
+        assert torch.allclose(out["scores_colour"], logits["colour"][i].softmax(0), atol=1e-6)
+        assert torch.allclose(out["tasks"]["tags"], logits["tags"][i].sigmoid(), atol=1e-6)
         assert out["pred_colour"] == int(logits["colour"][i].argmax()) and isinstance(out["pred_colour"], int)
         assert out["pred_tags"] == [0, 2]
 

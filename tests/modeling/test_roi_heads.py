@@ -21,12 +21,6 @@ from d2_headadapt import PREDICTOR_REGISTRY, ClassTable, HeadAdaptOutputLayers
 from d2_headadapt.config.settings import settings_of
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Two threads that wait for each other on a shared machine take thirty times as long; conftest puts two back."""
-    torch.set_num_threads(1)
-
-
 def is_stock(kind: str, **keys: object) -> dict[str, bool]:
     """Whether our heads, with no class change, are stock's in every respect that a user can see."""
     seen = {}

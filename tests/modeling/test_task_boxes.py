@@ -36,12 +36,6 @@ WORKER = Path(__file__).parents[1] / "workers" / "box_task_worker.py"
 K = 5
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Two threads that wait for each other on a shared machine take thirty times as long; conftest puts two back."""
-    torch.set_num_threads(1)
-
-
 def last_predictor(model: nn.Module) -> Any:
     found = model.roi_heads.box_predictor
     return found[-1] if isinstance(found, nn.ModuleList) else found
@@ -461,7 +455,7 @@ def test_mutation_a_loss_without_a_graph_stops_two_processes(tmp_path: Path) -> 
 
 
 def train_on_two_ranks(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(WORKER), str(folder), *more]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 

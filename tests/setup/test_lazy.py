@@ -61,8 +61,7 @@ NEW = ["emu", "fly", "cat"]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    torch.set_num_threads(1)
+def _fresh_loggers() -> Any:
     with fresh_loggers():
         yield
 

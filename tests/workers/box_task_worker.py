@@ -17,9 +17,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from helpers.box_tasks import labelled_batch, task_model
 from helpers.models import batch
+from helpers.ranks import launch_forked
 
 from d2_headadapt.data.task_labels import MISSING
-from d2_headadapt.engine.train import default_argument_parser, launch
 from d2_headadapt.modeling.task_heads import TaskHead
 
 
@@ -54,5 +54,4 @@ def work(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # --num-gpus is how detectron2 calls the number of processes.
-    launch(work, default_argument_parser().parse_args(["--num-gpus", "2", "--dist-url", "auto", *sys.argv[1:]]))
+    launch_forked(work, 2, *sys.argv[1:])

@@ -1,7 +1,7 @@
-"""One job of several processes that fits a tiny model; run by test_fit.py.
+"""Jobs of several processes that fit a tiny model, one after the other; run by test_fit.py.
 
-Usage: fit_worker.py PROCESSES FOLDER
-Each rank writes FOLDER/<rank>.pt, its state after the fit.
+Usage: fit_worker.py FOLDER PROCESSES [PROCESSES ...]
+Each rank writes FOLDER/<processes>/<rank>.pt, its state after the fit.
 """
 
 import argparse
@@ -13,8 +13,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 from detectron2.utils import comm
 from helpers.fit import SETTINGS, scene, scenes, tiny_model
+from helpers.ranks import launch_forked
 
-from d2_headadapt.engine.train import default_argument_parser, launch
 from d2_headadapt.fit import fit_new_rows
 
 
@@ -27,5 +27,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    # --num-gpus is how detectron2 calls the number of processes.
-    launch(work, default_argument_parser().parse_args(["--num-gpus", sys.argv[1], "--dist-url", "auto", sys.argv[2]]))
+    for processes in sys.argv[2:]:
+        made = os.path.join(sys.argv[1], processes)
+        os.mkdir(made)
+        launch_forked(work, int(processes), made)

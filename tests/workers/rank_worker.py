@@ -1,13 +1,17 @@
 """One job of several processes that loads a checkpoint; run by test_ranks.py through ``launch`` or ``torchrun``.
 
-Usage: rank_worker.py PROCESSES FOLDER
+Usage: rank_worker.py HOW PROCESSES FOLDER
+HOW is launch, torchrun, or forked: as launch, but importing once.
 Each rank writes FOLDER/<scenario> <rank>.txt: a digest of its model, or the error it met.
 """
 
 import os
 import sys
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import torch
+from helpers.ranks import launch_forked
 from torch import nn
 
 from d2_headadapt import ClassTable, HeadAdaptCheckpointer, register_head_layout
@@ -74,5 +78,8 @@ def run(scenario: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    processes, folder = sys.argv[1:]
-    launch(run_all, default_argument_parser().parse_args(["--num-gpus", processes, "--dist-url", "auto", folder]))
+    how, processes, folder = sys.argv[1:]
+    if how == "forked":
+        launch_forked(run_all, int(processes), folder)
+    else:
+        launch(run_all, default_argument_parser().parse_args(["--num-gpus", processes, "--dist-url", "auto", folder]))

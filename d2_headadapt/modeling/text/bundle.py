@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -31,6 +32,11 @@ NAMES_KEY = "MODEL.HEAD_ADAPT.TEXT.NAMES"
 UNIT = 2e-3
 """How far a norm may be from 1 in a normalised file; rounding to float16 moves it by 5e-4 at most."""
 
+# numpy parses the header of a .npy file as Python.
+_NPY_ERRORS = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, RecursionError),
+    *(SyntaxError, TypeError, ValueError, tokenize.TokenError),
+)
 _MATRICES = ("embeddings", "text_embeddings", "weight", "zs_weight", "matrix")
 
 
@@ -180,11 +186,12 @@ def _read(path: str, trust: bool) -> _Raw:
         _refuse(path, "a file of embeddings", "no such file", f"Correct {FILE_KEY}.{near}")
     if local.endswith(".npy"):
         try:
-            # Without pickle: an array of objects could run code.
-            loaded: Any = np.load(local, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            # Without pickle: an array of objects could run code. Mapped: a header may promise more than the file has.
+            loaded: Any = np.load(local, mmap_mode="r", allow_pickle=False)
+        except _NPY_ERRORS as error:
             fix = "Save it with numpy.save as an array of floats."
-            _refuse(path, "an array that numpy.save wrote", str(error), fix, error)
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            _refuse(path, "an array that numpy.save wrote", found, fix, error)
     else:
         # Here, because every process that builds a model imports this module, and few read embeddings.
         from ...files import read_values
@@ -210,7 +217,8 @@ def _from_dict(path: str, loaded: Mapping[str, Any]) -> _Raw:
 
 def _floats(path: str, value: Any) -> torch.Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        value = torch.from_numpy(value.astype(np.float32))
+        with np.errstate(over="ignore"):  # what becomes infinite is HA404's
+            value = torch.from_numpy(value.astype(np.float32))
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
         found = f"{type(value).__name__} of {getattr(value, 'dtype', 'no numbers')}"
         _refuse(path, "a matrix of floats, one row per class", found, "Save the text encoder's output.")
@@ -224,7 +232,7 @@ def _sidecar(path: str) -> dict[str, Any]:
     try:
         with open(beside, encoding="utf-8") as file:
             facts = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _refuse(beside, "valid JSON", str(error), "Write the file anew.", error)
     facts = {"names": facts} if isinstance(facts, list) else facts
     if not isinstance(facts, dict) or not isinstance(facts.get("normalised", False), bool):

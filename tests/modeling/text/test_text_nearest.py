@@ -93,7 +93,8 @@ def test_equal_neighbours_give_their_row_back_and_nothing_else_moves() -> None:
     kept = tensor.clone()
     out = mixed_rows(tensor, layout, 5, {1: Neighbours((0, 2), (0.3, 0.7))})
     assert torch.equal(tensor, kept), "inputs are not written to"
-    assert torch.equal(out[4:8], tensor[0:4])
+    # A sum of two products, each rounded.
+    assert torch.allclose(out[4:8], tensor[0:4], atol=1e-6)
     rest = [i for i in range(21) if i not in range(4, 8)]
     assert torch.equal(out[rest], tensor[rest])
 
