@@ -26,6 +26,22 @@ from .key import Either, Form, Words, form_in_use, shown, speaking
 
 Severity = Literal["error", "warning", "note"]
 
+__all__ = [
+    "CheckpointFileError",
+    "ClassTableError",
+    "ConfigError",
+    "DatasetError",
+    "ExportError",
+    "HeadAdaptError",
+    "LayoutError",
+    "NotFetchedError",
+    "PlanRefused",
+    "RankError",
+    "ResumeError",
+    "TextError",
+    "UsageError",
+]
+
 
 class HeadAdaptError(ValueError):
     """Base of everything that this package raises for a mistake a user can mend.
@@ -131,48 +147,52 @@ class Finding:
 
 
 class UsageError(HeadAdaptError):
+    """A command line that is wrong in itself; exit code 2."""
+
     exit_code: ClassVar[int] = 2
 
 
 class ConfigError(HeadAdaptError):
-    pass
+    """A config key that is missing, misspelt, or holds what cannot be used."""
 
 
 class ClassTableError(HeadAdaptError):
-    pass
+    """A list of classes, an alias or a vocabulary that cannot be used."""
 
 
 class DatasetError(HeadAdaptError):
-    pass
+    """A dataset that is not registered, cannot be read, or disagrees with another."""
 
 
 class LayoutError(HeadAdaptError):
-    pass
+    """A declared layout that does not describe the tensor it names."""
 
 
 class CheckpointFileError(HeadAdaptError):
-    pass
+    """A file that cannot be read or written safely."""
 
 
 class NotFetchedError(CheckpointFileError):
-    pass
+    """An address that gives no file; the network may be what is missing."""
 
 
 class PlanRefused(HeadAdaptError):
-    pass
+    """A load that would change nothing or spoil something: wrong architecture, damaged values, refused tensors."""
 
 
 class ResumeError(HeadAdaptError):
-    pass
+    """A run that cannot be continued from this file."""
 
 
 class ExportError(HeadAdaptError):
-    pass
+    """A model without this exported form, or whose exported form gives other numbers."""
 
 
 class TextError(HeadAdaptError):
+    """Text embeddings that do not fit the classes or the model; exit code 3."""
+
     exit_code: ClassVar[int] = 3
 
 
 class RankError(HeadAdaptError):
-    pass
+    """Processes of one job that disagree."""

@@ -98,7 +98,7 @@ class ClassTable:
         return {normalise(name): i for i, name in enumerate(self.names)}
 
     def find(self, name: str) -> int | None:
-        """The index of ``name``, spelled exactly or up to normalisation; ``None`` where it is not."""
+        """Find the index of ``name``, spelled exactly or up to normalisation; ``None`` where it is not."""
         i = self.index.get(name)
         return self.normalised_index.get(normalise(name)) if i is None else i
 

@@ -14,6 +14,10 @@ from torch import nn
 from .layouts import HeadLayout
 from .registry import ModuleContext, register_by_class_name
 
+# For the package's face: whoever asks for layouts has those of detectron2 entered.
+from .registry import layouts_of as layouts_of
+from .registry import register_head_layout as register_head_layout
+
 ROI_HEADS = ("ROIHeads", "StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads")
 SEMANTIC_HEADS = ("PointRendSemSegHead", "SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
 

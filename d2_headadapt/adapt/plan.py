@@ -81,7 +81,7 @@ class TensorPlan:
         return sentence(self.why)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; ``cause`` and ``facts`` are for programs, ``reason`` is for people."""
+        """Write plain types; ``cause`` and ``facts`` are for programs, ``reason`` is for people."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "why"}
         for name in ("source_shape", "target_shape"):
             data[name] = None if data[name] is None else list(data[name])
@@ -91,7 +91,7 @@ class TensorPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorPlan:
-        """Read :meth:`to_json`'s form; of one without a cause, or with one of a later version, the reason is kept."""
+        """Read back ``data`` of :meth:`to_json`; with no cause, or one of a later version, the reason is kept."""
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name != "why"}
         known["why"] = Why.from_facts(data.get("cause"), data.get("facts", {}), str(data.get("reason", "")))
         for name in ("source_shape", "target_shape"):
@@ -149,23 +149,25 @@ class AdaptPlan:
         return {layout.tensor: layout for layout in self.layouts}
 
     def tensor(self, name: str) -> TensorPlan | None:
-        """What happens to a tensor; ``None`` where neither file nor model has it."""
+        """Look up what happens to the tensor ``name``; ``None`` where neither file nor model has it."""
         return self._tensors.get(name)
 
     def layout(self, tensor: str) -> HeadLayout | None:
-        """Where a tensor's classes are; ``None`` where no layout names it."""
+        """Look up where the classes of ``tensor`` are; ``None`` where no layout names it."""
         return self._layouts.get(tensor)
 
     def space_of(self, tensor: str) -> str:
-        """The label space of a tensor's classes; empty where it has none."""
+        """Look up the label space of a tensor's classes; empty where it has none."""
         found = self.tensor(tensor)
         return found.space or "" if found is not None else ""
 
     def by_action(self, *actions: str) -> tuple[TensorPlan, ...]:
+        """Pick the tensors that one of ``actions`` happens to, in the plan's order."""
         return tuple(t for t in self.tensors if t.action in actions)
 
     @property
     def refused(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose shapes contradict the class tables; a plan with one is not applied."""
         return self.by_action("refused")
 
     @property
@@ -174,11 +176,11 @@ class AdaptPlan:
         return not self.by_action("copied", "carried")
 
     def class_map(self, space: str) -> ClassMap | None:
-        """The map of one label space; ``None`` where its classes were not matched."""
+        """Look up the map of one label space; ``None`` where its classes were not matched."""
         return self.maps.get(space)
 
     def changed(self) -> tuple[TensorPlan, ...]:
-        """Tensors of the file that reach the model otherwise than whole, though both sides mean the same tensor."""
+        """Pick the tensors of the file that reach the model otherwise than whole, though it is the same tensor."""
         return tuple(
             t
             for t in self.by_action("carried", "initialised", "kept")
@@ -192,7 +194,7 @@ class AdaptPlan:
         return t.cause is Cause.REBUILT or (t.cause is Cause.GIVEN_BY_TEXT and same_classes)
 
     def new_classes(self) -> dict[str, tuple[str, ...]]:
-        """Names of the classes, by space, of which some row stays as the model was constructed."""
+        """Name the classes, by space, of which some row stays as the model was constructed."""
         found: dict[str, set[int]] = {}
         for t in self.tensors:
             if t.space is not None and t.action in ("carried", "initialised") and t.new:
@@ -221,7 +223,7 @@ class AdaptPlan:
         return sum(map(_has_place, in_file)) / len(in_file) if in_file else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Counts by action, by head group, and of classes by label space."""
+        """Count tensors by action and by head group, and classes by label space."""
         groups: dict[str, Counter[str]] = {}
         classes: dict[str, dict[str, int]] = {}
         for t in self.tensors:
@@ -245,7 +247,7 @@ class AdaptPlan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The stable form: plain types only, class numbers as indices."""
+        """Write the stable form: plain types only, class numbers as indices."""
         return {
             "version": PLAN_VERSION,
             "source": {space: list(table.names) for space, table in self.source.items()},
@@ -263,7 +265,10 @@ class AdaptPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> AdaptPlan:
-        """Read :meth:`to_json`'s form, or its text.
+        """Read a plan back.
+
+        Args:
+            data: what :meth:`to_json` wrote, or its text.
 
         Raises:
             PlanRefused: not a plan, or of a higher version.
@@ -327,7 +332,11 @@ class AdaptPlan:
         return out
 
     def raise_if_refused(self) -> None:
-        """Raise for the first refused tensor."""
+        """Raise where the plan refuses a tensor.
+
+        Raises:
+            PlanRefused: names the first one.
+        """
         for t in self.refused:
             raise PlanRefused(t.name, expected="one meaning", found=t.reason, fix="Nothing was loaded.")
 

@@ -341,7 +341,23 @@ def plan_adaptation(
 def match_tables(
     sources: Mapping[str, ClassTable], targets: Mapping[str, ClassTable], aliases: Sequence[str], match: str
 ) -> dict[str, ClassMap]:
-    """The class map of every label space that has both tables; each alias goes to the spaces that know it."""
+    """Match the classes of every label space that has both tables.
+
+    Args:
+        sources: the file's tables by label space.
+        targets: the model's.
+        aliases: ``"target=source"``; each goes to the spaces that know both of its names.
+        match: ``"name"``, or ``"position"`` for lists of equal length in the same order.
+
+    Raises:
+        ClassTableError: an alias that no space knows, or tables that cannot be matched.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, match_tables
+        >>> old, new = ClassTable(["ant", "bee", "cat"]), ClassTable(["gnu", "tomcat"])
+        >>> match_tables({"thing": old}, {"thing": new}, ["tomcat=cat"], "name")["thing"].rows
+        (None, 2)
+    """
     spaces = [space for space in targets if space in sources]
     by_space: dict[str, list[str]] = {space: [] for space in spaces}
     for alias in aliases:

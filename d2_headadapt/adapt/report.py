@@ -79,12 +79,20 @@ def summary_line(plan: AdaptPlan) -> str:
 
 
 def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = True) -> str:
-    """The plan as one table: head tensors one by one under their group, the rest as counts, then classes by name.
+    """Put a plan into one table: head tensors one by one under their group, the rest as counts, then classes by name.
 
     Args:
         plan: any plan.
         every_tensor: also list the tensors that have no classes.
         summary: end with :func:`summary_line`.
+
+    Example:
+        >>> from d2_headadapt import AdaptPlan, TensorPlan, plan_table
+        >>> plan = AdaptPlan((TensorPlan("backbone.weight", "copied", None, None, (8, 8), (8, 8)),))
+        >>> print(plan_table(plan, every_tensor=True, summary=False))
+        head group    tensor           action    in the file    in the model    classes
+        ------------  ---------------  --------  -------------  --------------  ---------
+                      backbone.weight  copied    (8, 8)         (8, 8)
     """
     notices = plan_notices(plan)
     rows = _rows(plan, notices, every_tensor)

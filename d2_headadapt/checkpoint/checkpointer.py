@@ -52,6 +52,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     Saved files carry the class tables they were made with, and stock detectron2 loads them.
 
     Attributes:
+        settings: target and source tables, match rule and all other keys, as given or as attached to the model.
         plan: what the last load did; ``None`` before the first.
         untrained: class names by label space of which some row was neither carried, fitted nor trained.
 
@@ -141,7 +142,11 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As stock's, and refused where only some processes have a run to go on with: the others would wait forever.
+        """Load like the parent; raise if only some ranks have ``last_checkpoint``: the others would wait forever.
+
+        Args:
+            path: weights for a new run, a file or an address.
+            resume: go on with the run of ``save_dir`` where it has one; ``path`` is not read then.
 
         Raises:
             RankError: names the ranks without ``last_checkpoint``.
@@ -213,7 +218,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     def adapted(
         self, checkpoint: dict[str, Any], path: str, origin: str = ""
     ) -> tuple[dict[str, torch.Tensor], AdaptPlan]:
-        """What loading a checkpoint would make of the model's state; nothing is written to.
+        """Compute what loading a checkpoint would make of the model's state; nothing is written to.
 
         Args:
             checkpoint: in stock detectron2's form, ``{"model": {name: values}, ...}``; it loses what is used.
@@ -286,6 +291,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write ``last_checkpoint`` atomically, so that a run that is killed meanwhile can be resumed."""
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
         else:
@@ -305,7 +311,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.untrained = {space: names for space, names in both.items() if names}
 
     def rows_to_fit(self) -> dict[str, tuple[int, ...]]:
-        """The classes without a trained row, tensor by tensor: a file may have the boxes of a class and not its masks.
+        """List the classes without a trained row, tensor by tensor: a file may have a class's boxes, not its masks.
 
         Rows that were carried count too where the file says that nobody trained them.
         """
@@ -316,7 +322,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         }
 
     def provenance(self) -> Provenance:
-        """The class tables, layouts and optimizer order that a file saved now carries."""
+        """Describe the class tables, layouts and optimizer order that a file saved now carries."""
         targets = dict(self.plan.target if self.plan is not None else self.settings.target)
         layouts = layouts_of(self.model)
         state = shapes_of(self.model.state_dict())

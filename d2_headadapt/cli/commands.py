@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from ..adapt.report import plan_json, plan_table, summary_line
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.load import check_exists, plan_file, refuse_plan
 from ..checkpoint.provenance import KEY, Provenance
-from ..doctor.explain import explanation_text
 from ..doctor.running import checks_markdown, examine, report_json, report_text
 from ..engine.predict import Predictor, image_files, name_classes, predict_files, provenance_of
 from ..engine.train import command, refuse_new_rows
@@ -31,6 +29,7 @@ from ..fit import FitReport, FitSettings, fit_json, fit_lines, fit_new_rows
 from ..key import MODEL, Form, form_of
 from ..setup.recipe import Recipe, no_training_set, read_recipe
 from .plan_html import plan_html
+from .quiet import print_json
 from .run import Adoption, run_script
 
 
@@ -46,13 +45,6 @@ def plan(args: argparse.Namespace) -> int:
         write_text(args.html, plan_html(made, notes=notes), exclusive=not args.force)
     refuse_plan(made, settings.min_coverage, path)
     return 0
-
-
-def explain(args: argparse.Namespace) -> int:
-    """Print what a pasted error means; 1 where it is not known."""
-    text, is_known = explanation_text(sys.stdin.read() if args.text == ["-"] else " ".join(args.text))
-    print(text)
-    return 0 if is_known else 1
 
 
 def _check_reports(args: argparse.Namespace, inputs: Sequence[str], output: str | None = None) -> None:
@@ -93,8 +85,11 @@ def _files_of(recipe: Recipe) -> list[str]:
 
 def _print_or_write(text: str, as_json: str, args: argparse.Namespace) -> None:
     """Print ``text``, or its JSON where ``--json`` is a dash; the JSON goes to any other file that it names."""
-    print(as_json if args.json == "-" else f"{text}\n", end="")
-    if args.json and args.json != "-":
+    if args.json == "-":
+        print_json(as_json)
+        return
+    print(text)
+    if args.json:
         write_text(args.json, as_json, exclusive=not args.force)
 
 
@@ -241,13 +236,6 @@ def _predictor(
 
 def run_existing(args: argparse.Namespace) -> int:
     """Run somebody's own script with this package in place."""
-    if not args.script or args.script == ["-m"]:
-        raise UsageError(
-            "d2-headadapt run",
-            expected="a script",
-            found="none",
-            fix="Type: d2-headadapt run train_net.py ...",
-        )
     opts = [word for pair in args.opts for word in pair]
     run_script(args.script, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads))
     return 0

@@ -1,4 +1,8 @@
-"""``d2-headadapt``: parse, call, print, exit code."""
+"""``d2-headadapt``: parse, call, print, exit code.
+
+Parsing needs the standard library only. What a command does is imported once the command line is known to be right,
+because torch and detectron2 take seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ..engine.launch import add_import_argument, default_argument_parser
-from ..errors import HeadAdaptError
+from ..errors import HeadAdaptError, UsageError
 from ..export import ENDINGS
 from ..key import DATASETS, HEAD_ADAPT, MODEL
-from ..setup.lazy.loading import in_words_of
+from ..setup.arguments import add_import_argument, add_training_arguments
 from ..version import __version__
-from .commands import adapt, doctor, explain, export, fit, plan, predict, run_existing, train
+from .quiet import json_alone, without_warnings
 
 DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."
 EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line is wrong."
@@ -23,13 +26,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words, script = split_script(sys.argv[1:] if argv is None else argv)
     args = with_home(build_parser().parse_args(words, argparse.Namespace(script=script)))
-    run: Callable[[argparse.Namespace], int] = args.run
+    if args.run == "explain":
+        return explain(args)
     try:
-        with in_words_of(getattr(args, "config_file", "")):
-            return run(args)
+        if args.run == "run_existing":
+            check_script(script)
+        with without_warnings(), json_alone(getattr(args, "json", None) == "-"):
+            return _run(args)
     except HeadAdaptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Import the commands and run the one of ``args``, after a word that something is going on."""
+    if os.environ.get("RANK", "0") == "0":  # Of torchrun's processes one is enough.
+        source = " ".join(args.script[: 1 + (args.script[:1] == ["-m"])]) or getattr(args, "config_file", "")
+        print(f"reading {source or 'the defaults of detectron2'} ...", file=sys.stderr, flush=True)
+    from ..setup.lazy.loading import in_words_of
+    from . import commands
+
+    run: Callable[[argparse.Namespace], int] = getattr(commands, args.run)
+    with in_words_of(getattr(args, "config_file", "")):
+        return run(args)
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Print what a pasted error means; 1 where it is not known."""
+    from ..doctor.explain import explanation_text
+
+    text, is_known = explanation_text(sys.stdin.read() if args.text == ["-"] else " ".join(args.text))
+    print(text)
+    return 0 if is_known else 1
+
+
+def check_script(script: Sequence[str]) -> None:
+    """Refuse ``run`` without a script that is there, or without the name of a module behind ``-m``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not script or list(script) == ["-m"]:
+        raise UsageError(
+            "d2-headadapt run", expected="a script", found="none", fix="Type: d2-headadapt run train_net.py ..."
+        )
+    if script[0] != "-m" and not os.path.isfile(script[0]):
+        raise UsageError(
+            "d2-headadapt run", expected="a Python script", found=f"no file {script[0]!r}", fix="Correct the path."
+        )
 
 
 def with_home(args: argparse.Namespace) -> argparse.Namespace:
@@ -79,14 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--html", metavar="FILE", help="also write it as one page with the class map as a picture")
     command.add_argument("--all", action="store_true", help="list every tensor, not only those of heads")
     _add_force(command)
-    command.set_defaults(run=plan)
+    command.set_defaults(run="plan")
 
     command = commands.add_parser(
         "adapt", help="write a checkpoint that stock detectron2 loads without a mismatch", epilog=EPILOG
     )
     _add_common(command)
     _add_output(command)
-    command.set_defaults(run=adapt)
+    command.set_defaults(run="adapt")
 
     command = commands.add_parser(
         "fit", help=f"adapt, and solve the rows of new classes on the images of {DATASETS.TRAIN!s}", epilog=EPILOG
@@ -94,17 +138,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(command)
     _add_output(command)
     command.add_argument("--json", metavar="FILE", help="also write the fit's report as JSON; - for standard output")
-    command.set_defaults(run=fit)
+    command.set_defaults(run="fit")
 
-    stock = default_argument_parser()
     command = commands.add_parser(
         "train",
         help="train or evaluate, as tools/train_net.py does",
-        parents=[stock],
-        add_help=False,
         epilog="The options are those of detectron2's own train_net.py.",
     )
-    command.set_defaults(run=train)
+    add_training_arguments(command)
+    add_import_argument(command)
+    command.set_defaults(run="train")
 
     command = commands.add_parser(
         "doctor",
@@ -116,13 +159,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--all-images", action="store_true", help="open every image rather than a sample")
     command.add_argument("--list", action="store_true", help="print every check and stop")
     _add_force(command)
-    command.set_defaults(run=doctor)
+    command.set_defaults(run="doctor")
 
     command = commands.add_parser(
         "explain", help="say what an error of torch or detectron2 means, and what to type", epilog=EPILOG
     )
     command.add_argument("text", nargs="+", metavar="TEXT", help="the error or a whole log; - reads standard input")
-    command.set_defaults(run=explain)
+    command.set_defaults(run="explain")
 
     command = commands.add_parser(
         "predict", help="boxes, names and tasks of images, as JSON and as pictures; names come from the checkpoint"
@@ -131,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="images, or folders of images")
     command.add_argument("--output", required=True, metavar="FOLDER", help="for predictions.json and the pictures")
     command.add_argument("--least-score", type=score, default=0.5, metavar="SCORE", help="of a box that is kept (0.5)")
-    command.set_defaults(run=predict)
+    command.set_defaults(run="predict")
 
     command = commands.add_parser(
         "export", help="write the model as TorchScript or ONNX, once its outputs were compared", epilog=EPILOG
@@ -149,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="images, or folders of images, to compare on; drawn ones are always compared too",
     )
-    command.set_defaults(run=export)
+    command.set_defaults(run="export")
 
     command = commands.add_parser(
         "run",
@@ -170,7 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("KEY", "VALUE"),
         help=f"a default of the script's config, such as {HEAD_ADAPT.SOURCE_CLASSES!s} coco; repeatable",
     )
-    command.set_defaults(run=run_existing)
+    command.set_defaults(run="run_existing")
     return parser
 
 

@@ -123,7 +123,7 @@ class AdaptSettings:
         source: Named | Mapping[str, Named] | None = None,
         **more: Any,
     ) -> AdaptSettings:
-        """Settings from plain names.
+        """Make settings from plain names.
 
         Args:
             target: what the model predicts: a list of names, or the name of a registered dataset, a vocabulary, or a

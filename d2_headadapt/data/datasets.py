@@ -75,7 +75,14 @@ def register_datasets(entries: Sequence[Any], where: Key = DATASETS.REGISTER) ->
 
 
 def task_facts(name: str) -> Mapping[str, TaskFacts]:
-    """What the file of a dataset of :func:`register_datasets` says of its tasks; empty for any other dataset."""
+    """Look up what the file of a dataset says of its tasks.
+
+    Args:
+        name: of a dataset that :func:`register_datasets` registered; for any other the answer is empty.
+
+    Returns:
+        Task -> its level, and the classes that the file shows.
+    """
     entry, load = _registered.get(name, (None, None))
     ours = entry is not None and name in DatasetCatalog and DatasetCatalog[name] is load
     return _facts[name] if ours else {}

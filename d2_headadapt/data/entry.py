@@ -38,8 +38,13 @@ class DatasetEntry:
     """One entry of DATASETS.REGISTER, checked; equal entries register the same dataset.
 
     Args:
+        name: of the dataset in detectron2's catalog.
         json, csv: one of them is the file of labels.
         images: folder that the file names of images start at.
+        thing_classes: class names by ascending category id, where the json has none to trust.
+        keypoint_names: names of the keypoints.
+        keypoint_flip_map: pairs of keypoint names that change places when an image is mirrored.
+        extra_keys: keys of each annotation that the dataset dicts keep.
         tasks: pairs of a task and the column that it is in (csv), or its level ``"image"``, ``"box"`` or ``""`` for
             what the file shows (json).
         file: pattern of a row's file name, ``"{id}.jpg"`` with a column ``id``.
@@ -69,6 +74,7 @@ class DatasetEntry:
 
     @property
     def metadata(self) -> dict[str, Any]:
+        """What detectron2's ``MetadataCatalog`` is told of the dataset."""
         if self.csv is not None:
             return {"csv_file": self.csv, "image_root": self.images, "evaluator_type": "tasks"}
         # Lists, because load_coco_json sets thing_classes to a list later and detectron2 wants old and new to be equal.

@@ -122,7 +122,7 @@ def training_dicts(cfg: CfgNode, specs: Sequence[TaskSpec] | None = None) -> lis
 
 
 def every_training_dict(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Load the dataset dicts of ``DATASETS.TRAIN``, those of images without objects included; ids are contiguous.
+    """Load the dataset dicts of ``DATASETS.TRAIN`` of ``cfg``, images without objects included; ids are contiguous.
 
     Raises:
         DatasetError: a dataset that shows no image, or whose labels do not fit its classes.

@@ -18,7 +18,7 @@ from .datasets import resolve_table
 
 LEVELS = ("image", "box")
 KINDS = ("single", "multi")
-DEFAULTS: Mapping[str, Any] = {
+TASK_DEFAULTS: Mapping[str, Any] = {
     "on": None,
     "classes": None,
     "source_classes": None,
@@ -62,7 +62,7 @@ class TaskSpec:
 
 
 def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -> tuple[TaskSpec, ...]:
-    """The tasks of a config, in its order.
+    """Read the tasks of a config, in its order.
 
     Args:
         cfg: with ``MODEL.TASKS``; without the key there is none.
@@ -76,7 +76,7 @@ def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -
     Example:
         >>> from detectron2.config import CfgNode, get_cfg
         >>> from d2_headadapt import add_headadapt_config
-        >>> from d2_headadapt.data.task_spec import task_specs
+        >>> from d2_headadapt.data import task_specs
         >>> cfg = get_cfg()
         >>> add_headadapt_config(cfg)
         >>> cfg.MODEL.TASKS.colour = CfgNode({"on": "box", "classes": ["red", "blue"], "loss_weight": 0.5})
@@ -112,7 +112,7 @@ def complete_tasks(cfg: CfgNode) -> None:
     """Write every key that a task leaves out, so that a command line can set it, and a wrong key is an error there."""
     for name, node in cfg.MODEL.TASKS.items():
         if isinstance(node, Mapping):
-            cfg.MODEL.TASKS[name] = CfgNode({**DEFAULTS, **node})
+            cfg.MODEL.TASKS[name] = CfgNode({**TASK_DEFAULTS, **node})
 
 
 def checked_task(name: Any, node: Any) -> dict[str, Any]:
@@ -132,19 +132,19 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     if not isinstance(node, Mapping):
         raise ConfigError(
             place,
-            expected=f"a mapping with the keys {', '.join(DEFAULTS)}",
+            expected=f"a mapping with the keys {', '.join(TASK_DEFAULTS)}",
             found=repr(node),
             fix=f"Write {pairs({'on': 'box', 'classes': ['first', 'second']}, str(name))}.",
         )
     # A bare `on` is a truth value in YAML 1.1.
-    values = {**DEFAULTS, **{"on" if key is True else key: value for key, value in node.items()}}
+    values = {**TASK_DEFAULTS, **{"on" if key is True else key: value for key, value in node.items()}}
     for key in values:
-        if key not in DEFAULTS:
+        if key not in TASK_DEFAULTS:
             raise ConfigError(
                 place[str(key)],
-                expected=f"one of {', '.join(DEFAULTS)}",
+                expected=f"one of {', '.join(TASK_DEFAULTS)}",
                 found=repr(key),
-                fix=f"Remove or rename it.{did_you_mean(str(key), DEFAULTS)}",
+                fix=f"Remove or rename it.{did_you_mean(str(key), TASK_DEFAULTS)}",
             )
 
     def number(key: str, low: float) -> bool:

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import re
-
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-)
+from importlib.util import find_spec
+from pathlib import Path
 
 from ..adapt.classes import did_you_mean
 from ..key import DATALOADER, DATASETS, HEAD_ADAPT, INPUT, MODEL, SOLVER, TASKS, TEST, pairs
 from .known_errors import Answer, known
 
 ENCODER_RULE = r"^encoder\.=backbone.bottom_up."
-
-REGISTRIES = (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-)
 DOCTOR = "d2-headadapt doctor --config-file YAML"
+
+
+def registered_names(registry: str) -> list[str]:
+    """What detectron2's modeling code and this package's enter in a registry, by their source: nothing is imported.
+
+    Args:
+        registry: its name in messages, such as ``ROI_HEADS``.
+    """
+    entry = re.compile(rf"^@{re.escape(registry)}_REGISTRY\.register\(\)\n(?:@.*\n)*(?:class|def) (\w+)", re.MULTILINE)
+    found: list[str] = []
+    for package in ("detectron2", "d2_headadapt"):
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for path in sorted(Path(folder, "modeling").rglob("*.py")):
+                found += entry.findall(path.read_text(encoding="utf-8"))
+    return found
 
 
 @known("unregistered component", r"No object named '(?P<name>[^']*)' found in '(?P<registry>[^']*)' registry", "HA128")
 def _component(m: re.Match[str], before: str) -> Answer:
-    near = [name for registry in REGISTRIES if registry._name == m["registry"] for name, _ in registry]
+    near = registered_names(m["registry"])
     return (
         f"The config names {m['name']}, and nothing of that name is in the registry {m['registry']} of this process:\n"
         "the module that defines it was never imported here, or the name is misspelt.",

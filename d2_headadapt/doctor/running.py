@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 RANK = {"error": 0, "warning": 1, "note": 2}
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+REPORT_VERSION = 1
+"""Of the report as JSON; higher where a reader of an older one would misread it."""
+
 UNFINISHED = "HA100"
 """The code under which a check that raised is filed: the others still run."""
 
@@ -136,8 +139,9 @@ def verdict(report: Report) -> str:
 
 
 def report_json(report: Report) -> str:
-    """The report as JSON: ``{"findings": [...], "not_run": {code: reason}, "checks": n, "seconds": s}``."""
+    """The report as JSON: ``{"version": 1, "findings": [...], "not_run": {code: reason}, "checks": n, ...}``."""
     content = {
+        "version": REPORT_VERSION,
         "findings": [finding.to_json() for finding in report.findings],
         "not_run": report.not_run,
         "checks": report.checks,

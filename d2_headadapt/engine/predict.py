@@ -35,6 +35,9 @@ from ..files import read_checkpoint, write_text
 from ..key import MODEL
 from ..setup.recipe import Recipe
 
+PREDICTIONS_VERSION = 1
+"""Of predictions.json; higher where a reader of an older one would misread it."""
+
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -168,6 +171,8 @@ def image_files(names: Sequence[str]) -> list[Path]:
 def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, least_score: float) -> Iterator[str]:
     """Write ``predictions.json`` and one picture for each image into a folder.
 
+    The JSON is ``{"version": 1, "images": [{"file": ..., "height": ..., "width": ..., ...}, ...]}``, boxes in pixels.
+
     Args:
         predictor: the model.
         files: images; one that cannot be read, or that the model fails on, is reported and passed over.
@@ -216,7 +221,8 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, lea
             found=f"none of {len(found)}; of the first: {found[0]['error']}",
             fix="Name other images. Nothing was written.",
         )
-    write_text(os.path.join(output, "predictions.json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    content = {"version": PREDICTIONS_VERSION, "images": found}
+    write_text(os.path.join(output, "predictions.json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _line(told: Mapping[str, Any], tasks: Sequence[str]) -> str:

@@ -36,7 +36,6 @@ from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER, YAML
 from ..setup.build import building
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
-from .launch import add_import_argument as add_import_argument
 from .launch import command as command
 from .launch import ddp_without_gpus, log_to
 from .launch import default_argument_parser as default_argument_parser
@@ -67,6 +66,12 @@ class Trainer(DefaultTrainer):
 
     Several processes also work on CPUs. Before anything is built, the doctor looks at the config
     (``MODEL.HEAD_ADAPT.DOCTOR``).
+
+    Args:
+        cfg: of :func:`setup`, or any config with this package's keys.
+
+    Raises:
+        HeadAdaptError: the first error that the doctor finds, or what building the model and its data meets.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -78,6 +83,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model, attach its class tables, and freeze what ``MODEL.HEAD_ADAPT.FREEZE`` names."""
         with building():
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg, required=True))
@@ -87,6 +93,7 @@ class Trainer(DefaultTrainer):
         return model
 
     def build_hooks(self) -> list[HookBase | None]:
+        """Make stock's hooks on the adaptive checkpointer, with the fit and the watch over heads before them."""
         # Here rather than after __init__, because the stock hooks keep a reference to the checkpointer.
         self.checkpointer = HeadAdaptCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks: list[HookBase | None] = super().build_hooks()
@@ -99,12 +106,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
+        """Build stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
         return build_task_train_loader(cfg) if cfg.MODEL.get("TASKS") else super().build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
+        """Build stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
         if cfg.MODEL.get("TASKS"):
             return build_task_test_loader(cfg, dataset_name)
         return super().build_test_loader(cfg, dataset_name)
@@ -120,12 +127,21 @@ class Trainer(DefaultTrainer):
         say_what_is_left(self.start_iter, self.max_iter)
 
     def before_train(self) -> None:
+        """Start like the parent, and put the plan into the run's record."""
         super().before_train()
         record_plan(self.checkpointer, self.storage, self.start_iter)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """Evaluate with test-time augmentation, as ``TEST.AUG`` says; results get the suffix ``_TTA``."""
+        """Evaluate with test-time augmentation, as ``TEST.AUG`` says.
+
+        Args:
+            cfg: its ``DATASETS.TEST`` are evaluated on.
+            model: with its weights.
+
+        Returns:
+            Results by kind, with the suffix ``_TTA``.
+        """
         logger.info("Running inference with test-time augmentation ...")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
@@ -134,6 +150,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """Build what :func:`build_evaluator` builds."""
         return build_evaluator(cfg, dataset_name, output_folder)
 
 
@@ -201,7 +218,18 @@ def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool, where: s
 
 
 def main(args: argparse.Namespace) -> Any:
-    """What ``tools/train_net.py`` runs in every process: train, or evaluate with ``--eval-only``."""
+    """Train, or evaluate with ``--eval-only``: what ``tools/train_net.py`` runs in every process.
+
+    Args:
+        args: of :func:`default_argument_parser`.
+
+    Returns:
+        The results of the evaluation, by dataset or by kind.
+
+    Raises:
+        UsageError: nothing to train on.
+        HeadAdaptError: whatever else is refused.
+    """
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)

@@ -26,7 +26,12 @@ from ..key import TASKS
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-    """The evaluator that a dataset's metadata asks for with ``evaluator_type``, and one for the tasks of the config.
+    """Build the evaluator that a dataset's ``evaluator_type`` asks for, and one for the tasks of the config.
+
+    Args:
+        cfg: with ``MODEL.TASKS``, where there are any.
+        dataset_name: a registered dataset.
+        output_folder: where results are written; ``inference`` in ``OUTPUT_DIR`` by default.
 
     Raises:
         DatasetError: the dataset names no type, or one that neither detectron2 nor this package has an evaluator for.

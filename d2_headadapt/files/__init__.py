@@ -70,7 +70,7 @@ def read_checkpoint(path: str, *, trust: bool = False, verify: bool = True, mmap
 
     Example:
         >>> import tempfile, torch
-        >>> from d2_headadapt.files import read_checkpoint
+        >>> from d2_headadapt import read_checkpoint
         >>> folder = tempfile.TemporaryDirectory()
         >>> torch.save({"fc.bias": torch.ones(2)}, f"{folder.name}/bare.pth")
         >>> read_checkpoint(f"{folder.name}/bare.pth", mmap=False)

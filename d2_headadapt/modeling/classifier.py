@@ -47,6 +47,11 @@ class MultiTaskClassifier(nn.Module):
     An image that is smaller than its batch is padded, and only its own cells are pooled: its scores do not depend on
     the other images of the batch beyond the border of a convolution.
 
+    Attributes:
+        backbone, pooling, in_feature, input_format, input_size: as given.
+        heads: one head for each task, by name.
+        device: where the pixel mean is, and images go.
+
     Example:
         >>> import torch
         >>> from detectron2.config import CfgNode, get_cfg
@@ -131,7 +136,7 @@ class MultiTaskClassifier(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The arguments that ``MODEL.CLASSIFIER`` and ``MODEL.TASKS`` describe.
+        """Read the arguments that ``MODEL.CLASSIFIER`` and ``MODEL.TASKS`` of ``cfg`` describe.
 
         Raises:
             ConfigError: no such pooling, a task on boxes, or what :func:`task_specs` refuses.
@@ -164,11 +169,17 @@ class MultiTaskClassifier(nn.Module):
         }
 
     def build_heads(self, in_features: int, specs: Sequence[TaskSpec]) -> TaskHeads:
-        """The heads on features (N, ``in_features``); override it for heads of your own."""
+        """Build the heads; override it for heads of your own.
+
+        Args:
+            in_features: F of the features (N, F) that they take.
+            specs: the tasks.
+        """
         return TaskHeads(in_features, specs)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """
+        """Compute the losses in training, else the scores of each image.
+
         Args:
             batched_inputs: mapped images: ``image`` (3, H, W) and, for training, ``tasks``: a tensor for each task
                 that the image has a label of (see :meth:`TaskHead.loss`), as ``TaskMapper`` leaves them.
@@ -187,7 +198,7 @@ class MultiTaskClassifier(nn.Module):
     def logits(
         self, images: torch.Tensor, image_sizes: Sequence[tuple[int, int]] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Logits (N, K) by task.
+        """Compute logits (N, K) by task.
 
         Args:
             images: (N, 3, height, width), normalised.
@@ -204,7 +215,7 @@ class MultiTaskClassifier(nn.Module):
     def image_features(
         self, maps: Mapping[str, torch.Tensor], padded: tuple[int, int], image_sizes: Sequence[tuple[int, int]]
     ) -> torch.Tensor:
-        """What the heads see, (N, F), of the backbone's maps.
+        """Pool the backbone's maps into what the heads see, (N, F).
 
         Args:
             maps: by name, (N, C, H, W).

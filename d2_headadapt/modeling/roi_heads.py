@@ -95,6 +95,15 @@ class KnowsItsClasses:
         return instances
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         """What the tasks see of some boxes: (n, C), those of the first image first."""
         raise NotImplementedError
 
@@ -118,6 +127,15 @@ class HeadAdaptROIHeads(KnowsItsClasses, StandardROIHeads):
     """``StandardROIHeads`` with the box predictor that ``MODEL.HEAD_ADAPT.PREDICTOR`` names."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
         return features_of(self.box_predictor(self.box_head(pooled)))
 
@@ -127,6 +145,15 @@ class HeadAdaptCascadeROIHeads(KnowsItsClasses, CascadeROIHeads):
     """``CascadeROIHeads`` with our predictor at every stage, and the tasks at the last."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         # A stage reads nothing of a proposal but its box.
         proposals = [Instances((0, 0), proposal_boxes=image) for image in boxes]
         maps = [features[name] for name in self.box_in_features]
@@ -152,5 +179,14 @@ class HeadAdaptRes5ROIHeads(KnowsItsClasses, Res5ROIHeads):
     """``Res5ROIHeads`` (the C4 models) with our predictor."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         pooled: torch.Tensor = self._shared_roi_transform([features[name] for name in self.in_features], boxes)
         return pooled.mean(dim=[2, 3])

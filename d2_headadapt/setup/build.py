@@ -47,7 +47,14 @@ def building() -> Iterator[None]:
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model's names and shapes without its memory; on the CPU where a module does not build on the meta device."""
+    """Build a model's names and shapes without its memory; on the CPU where a module does not build on the meta device.
+
+    Args:
+        cfg: of any model; its device does not matter.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
     on_meta = cfg.clone()
     on_meta.defrost()
     on_meta.MODEL.DEVICE = "meta"

@@ -94,6 +94,12 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
     Raises:
         ConfigError: a missing or unreadable file, an unknown key, or a value of the wrong type.
         UsageError: an import that fails.
+
+    Example:
+        >>> from d2_headadapt import load_config
+        >>> cfg = load_config("", ["MODEL.HEAD_ADAPT.SOURCE_CLASSES", "coco"])
+        >>> cfg.MODEL.HEAD_ADAPT.SOURCE_CLASSES
+        'coco'
     """
     modules = import_components(imports)
     cfg = get_cfg()

@@ -90,7 +90,7 @@ def test_a_config_that_does_not_load_is_a_finding(text: str | None, says: str, t
     if text is not None:
         path.write_text(text)
     ran = cli("doctor", "--config-file", path)
-    assert ran.code == 1 and ran.err == ""
+    assert ran.code == 1 and ran.complaint == ""
     assert "error HA101" in ran.out and says in " ".join(ran.out.split())
     assert "config: " in ran.out.partition("not run:")[2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ class Ran:
     code: int
     out: str
     err: str
+
+    @property
+    def complaint(self) -> str:
+        """Standard error without the first word of a command that takes long to import."""
+        return re.sub(r"\Areading .* \.\.\.\n", "", self.err)
 
 
 def cli(*arguments: object) -> Ran:

@@ -571,7 +571,7 @@ def test_predict_takes_names_from_the_file_and_sizes_from_the_test_mapper(tmp_pa
     out = ["--images", tmp_path / "data", "--output", tmp_path / "seen", "--least-score", "0"]
     ran = cli("predict", "--config-file", config, "--weights", weights, *out)
     assert ran.code == 0, ran.err
-    found = json.loads((tmp_path / "seen" / "predictions.json").read_text())
+    found = json.loads((tmp_path / "seen" / "predictions.json").read_text())["images"]
     seen = {d["class"] for entry in found for d in entry["detections"]}
     assert len(found) == 4 and seen and seen <= set(OLD)
 

@@ -97,7 +97,7 @@ def adopt_mapper() -> None:
             logger.warning(
                 "%s: the script's data loader has detectron2's DatasetMapper, which leaves the labels of "
                 "tasks out, so their heads are not trained. Give it mapper=TaskMapper(cfg, True) of "
-                "d2_headadapt.data.task_mapper.",
+                "d2_headadapt.data.",
                 TASKS,
             )
         return stock(cls, cfg, is_train)

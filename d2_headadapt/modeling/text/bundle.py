@@ -26,7 +26,6 @@ from ...adapt.planner import match_tables
 from ...adapt.vocabularies import vocabulary, vocabulary_names
 from ...data.datasets import resolve_table
 from ...errors import ClassTableError, TextError
-from ...files import read_values
 from ...key import HEAD_ADAPT, Key
 
 FILE_KEY = HEAD_ADAPT.TEXT.FILE
@@ -68,7 +67,7 @@ class TextBundle:
         return int(self.matrix.shape[1])
 
     def rows_for(self, target: ClassTable, aliases: Sequence[str] = ()) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """The rows of ``target``, picked by name.
+        """Pick the rows of ``target`` by name.
 
         Args:
             target: the classes wanted.
@@ -86,7 +85,10 @@ class TextBundle:
         return self.matrix[torch.tensor(found, dtype=torch.int64, device=self.matrix.device)], missing
 
     def require(self, target: ClassTable, aliases: Sequence[str] = ()) -> torch.Tensor:
-        """The (K', D) rows of ``target``.
+        """Pick the (K', D) rows of ``target``; raise where one is missing.
+
+        Args:
+            target, aliases: as :meth:`rows_for`.
 
         Raises:
             TextError: classes that the file lacks, with the nearest names it has.
@@ -98,7 +100,7 @@ class TextBundle:
         return rows
 
     def lacks(self, target: ClassTable, missing: Sequence[str]) -> TextError:
-        """The error for classes of ``target`` that have no row."""
+        """Make the error for the classes of ``target`` that have no row, which ``missing`` names."""
         near = "".join(f" For {name!r}:{did_you_mean(name, self.names.names)}" for name in missing[:5])
         return TextError(
             f"{FILE_KEY}, {self.path}",
@@ -192,6 +194,9 @@ def _read(path: str, trust: bool) -> _Raw:
             found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             _refuse(path, "an array that numpy.save wrote", found, fix, error)
     else:
+        # Here, because every process that builds a model imports this module, and few read embeddings.
+        from ...files import read_values
+
         loaded = read_values(local, trust=trust)
     if isinstance(loaded, Mapping) and "model" in loaded and isinstance(loaded["model"], Mapping):
         loaded = loaded["model"]

@@ -121,6 +121,10 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
 
     A class without a row in the checkpoint is scored by its embedding at once: only its boxes, where they are
     class-specific, are new.
+
+    Attributes:
+        bundle: the embeddings of the file, before rows were picked.
+        precedence: ``"file"``, ``"checkpoint"`` or ``"error"``: whose rows count at a load.
     """
 
     reads_text = True
@@ -179,7 +183,11 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec, class_table: ClassTable | None = None) -> dict[str, Any]:
-        """The parent's arguments, the embeddings of ``TEXT.FILE`` and the keys beside it."""
+        """Read the parent's arguments, the embeddings of ``TEXT.FILE`` and the keys beside it.
+
+        Raises:
+            TextError: embeddings that do not fit, or no class list to pick their rows by.
+        """
         refuse_text(cfg, class_table, region_width=input_shape.channels)
         text, bundle = cfg.MODEL.HEAD_ADAPT.TEXT, bundle_of(cfg)
         if class_table is None:
@@ -204,7 +212,7 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
         }
 
     def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
-        """Layouts of boxes and federated-loss weights; of the classifier, in a head group of its own.
+        """Describe boxes and federated-loss weights, and the classifier in a head group of its own.
 
         A checkpoint with a linear classifier still gives its boxes and masks.
         """
@@ -218,7 +226,7 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
         yield HeadLayout(f"{name}.background", "thing", name, "text background", axes=())
 
     def facts(self) -> dict[str, Any]:
-        """What a saved file says of the embeddings, in plain types."""
+        """Describe the embeddings for a saved file, in plain types."""
         return {
             "names": list(self.class_table.names) if self.class_table is not None else [],
             "encoder": self.bundle.encoder,
