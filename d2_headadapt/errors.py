@@ -52,6 +52,9 @@ class HeadAdaptError(ValueError):
         found: what was there instead.
         fix: what to type; a complete sentence.
 
+    Attributes:
+        form: the config form that the message names keys in, that of the command which met the mistake.
+
     Example:
         >>> from d2_headadapt import ClassTable, HeadAdaptError
         >>> try:
@@ -66,27 +69,30 @@ class HeadAdaptError(ValueError):
     def __init__(self, where: Words, *, expected: Words, found: Words, fix: Words) -> None:
         self._said = (f"{where}", f"{expected}", f"{found}", f"{fix}")
         self.form = form_in_use()
-        """The config form that the message names keys in: that of the command which met the mistake."""
         super().__init__(f"{self.where}: expected {self.expected}, found {self.found}. {self.fix}")
 
     @property
     def where(self) -> str:
+        """Name what is wrong: the file, config key, tensor or command line flag."""
         return shown(self._said[0], self.form)
 
     @property
     def expected(self) -> str:
+        """Say what would have been accepted."""
         return shown(self._said[1], self.form)
 
     @property
     def found(self) -> str:
+        """Say what was there instead."""
         return shown(self._said[2], self.form)
 
     @property
     def fix(self) -> str:
+        """Say what to type, in a complete sentence."""
         return shown(self._said[3], self.form)
 
     def is_at(self, *keys: Either) -> bool:
-        """Whether one of some config keys, or an entry of it, is what is wrong."""
+        """Tell whether one of some config keys, or an entry of it, is what is wrong."""
         return shown(self._said[0], Form.YAML).startswith(tuple(key.yaml for key in keys))
 
     def __reduce__(self) -> tuple[object, ...]:
