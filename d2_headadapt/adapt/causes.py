@@ -73,8 +73,6 @@ class Cause(str, Enum):
     """Another shape, and no layout says that its rows are classes."""
 
     # Only the user can say what is meant.
-    ONE_OR_AGNOSTIC = "one_or_agnostic"
-    """The file knows one class, whose rows look like those that serve all classes."""
     MODEL_MISFIT = "model_misfit"
     """The model was not built for its class table."""
     TABLE_MISFIT = "table_misfit"
@@ -201,8 +199,6 @@ SENTENCES: Mapping[Cause, str] = {
     Cause.AGNOSTIC_IN_FILE: "class-agnostic in the file {source_shape}, {target_kind} in the model {target_shape}",
     Cause.UNKNOWN_CLASSES: f"{_SHAPES}; the classes of the {{side}} are unknown: set {{key}}",
     Cause.NO_LAYOUT: f"{_SHAPES}, and no layout says that its rows are classes",
-    Cause.ONE_OR_AGNOSTIC: "the file knows one class ({names}), so its {source_shape} can be that class's rows or "
-    "class-agnostic; exclude it, or build the model class-specific (CLS_AGNOSTIC_* False)",
     Cause.MODEL_MISFIT: "the model's {target_shape} does not hold the {length} classes of {table} ({target_kind}): "
     "set NUM_CLASSES to the table's length",
     Cause.TABLE_MISFIT: "{source_shape} in the file holds {holds} ({target_kind}), but {table} names {length}: "

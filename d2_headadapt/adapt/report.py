@@ -140,6 +140,19 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
     return tuple(notices)
 
 
+def discarded_heads(plan: AdaptPlan) -> tuple[Notice, ...]:
+    """The notices of heads that the file has trained and the model does not take, although nobody asked for that.
+
+    Classes that the model does not have are no such head: their rows have no place.
+    """
+    lost = {
+        t.name
+        for t in plan.by_action("initialised")
+        if t.source_shape is not None and not t.cause.by_user and t.cause is not Cause.NO_CLASS_IN_FILE
+    }
+    return tuple(n for n in plan_notices(plan) if n.level == "initialised" and lost & set(n.tensors))
+
+
 def plan_spaces(plan: AdaptPlan) -> list[str]:
     """The label spaces that the plan's tensors or tables name, and the tasks that only the file has, sorted."""
     used = {t.space for t in plan.tensors if t.space is not None}
@@ -193,8 +206,6 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
         holds = f"; the shapes of {side} hold {count}" if count else ""
         verb = "corrected " if t.space in table else ""
         return f"{t.why.key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
-    if t.cause is Cause.ONE_OR_AGNOSTIC:
-        return f"MODEL.HEAD_ADAPT.EXCLUDE \"['{t.name}']\"", "or build the model class-specific"
     return "", ""
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..adapt.causes import Cause
 from ..adapt.plan import AdaptPlan
 from ..adapt.registry import layouts_of
-from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
+from ..adapt.report import discarded_heads, plan_json, plan_notices, plan_table, summary_line
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
@@ -246,6 +246,9 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         for notice in plan_notices(plan):
             if notice.level == "unverified":
                 self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
+        for notice in discarded_heads(plan):
+            command = f"; type: {notice.type_this}" if notice.type_this else ""
+            self.logger.warning("not loaded: %s: %s%s", notice.what, notice.why, command)
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:

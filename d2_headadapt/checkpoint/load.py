@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..adapt.classes import ClassTable, did_you_mean
+from ..adapt.detectron2_heads import declare_agnostic
 from ..adapt.layouts import HeadLayout
 from ..adapt.plan import AdaptPlan
 from ..adapt.planner import plan_adaptation, source_key
@@ -182,7 +183,7 @@ def prepare_load(
 
 
 def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: nn.Module) -> PlannedLoad:
-    """Bring a file's content, a model and a user's settings together in a plan; all stay as they are.
+    """Bring a file's content, a model and a user's settings together in a plan; nothing is loaded.
 
     Args:
         request: what is asked for.
@@ -196,6 +197,7 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     settings, unused = keys_for(request.settings, known, request.path, own=request.own)
     shapes = shapes_of(model.state_dict())
     settled = settle_checkpoint(checkpoint, shapes, settings)
+    declare_agnostic(model, settings.agnostic)
     layouts = layouts_of(model)
     for space in sorted(set(settings.source) - {layout.space for layout in layouts}):
         logger.info("%s is set, but the model has no %s head.", source_key(space), space)
@@ -286,7 +288,7 @@ def say_unused(unused: Iterable[UnusedKey]) -> None:
     """Log each key that is set and does not hold for a file."""
     for key in unused:
         # What went into the file already is as the guides say; what the file contradicts is a surprise.
-        logger.log(logging.WARNING if key.reason is Reason.FILE_SAYS else logging.INFO, "%s", key.sentence())
+        logger.log(logging.WARNING if key.cause is Reason.FILE_SAYS else logging.INFO, "%s", key.sentence())
 
 
 def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:

@@ -42,12 +42,12 @@ class UnusedKey:
 
     Args:
         key: as one types it in a yaml.
-        reason: why.
+        cause: why.
         value: what of it, in plain types.
     """
 
     key: str
-    reason: Reason
+    cause: Reason
     value: Any = None
 
     def sentence(self) -> str:
@@ -57,8 +57,8 @@ class UnusedKey:
             Reason.OTHER_FILE: "is about the file of MODEL.WEIGHTS, and this file says its own classes: not applied",
             Reason.FILE_SAYS: "names other classes than the file itself does: the file is right",
             Reason.NO_SUCH_CLASS: "names a class that this file no longer has, because the rows were moved already",
-        }[self.reason]
-        value = f" ({self.value})" if self.reason is Reason.FILE_SAYS else f" {self.value!r}"
+        }[self.cause]
+        value = f" ({self.value})" if self.cause is Reason.FILE_SAYS else f" {self.value!r}"
         return f"{self.key}{value} {what}."
 
 

@@ -209,5 +209,5 @@ def test_what_went_into_a_file_survives_the_next_one() -> None:
 def test_what_is_not_used_is_said_with_its_reason(applied: dict[str, Any], reason: Reason) -> None:
     settings = AdaptSettings(exclude=("a.*",), weights="base.pth")
     _, (key,) = keys_for(settings, known({"thing": ["a"]}, applied=applied), "own.pth")
-    assert (key.key, key.reason) == ("MODEL.HEAD_ADAPT.EXCLUDE", reason)
+    assert (key.key, key.cause) == ("MODEL.HEAD_ADAPT.EXCLUDE", reason)
     assert key.sentence().startswith("MODEL.HEAD_ADAPT.EXCLUDE ['a.*'] ")
