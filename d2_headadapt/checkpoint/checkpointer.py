@@ -35,10 +35,10 @@ from .load import (
     say_unused,
 )
 from .optimizer import find_optimizer
-from .provenance import KEY, Provenance, optimizer_names
+from .provenance import KEY, OPEN_ROWS, Provenance, optimizer_names
 from .ranks import agree, compare, everywhere, readable_everywhere, share_new_rows
 from .source_keys import UnusedKey, applied_keys
-from .untrained import OPEN_ROWS, open_rows, projections, unchanged_classes, untrained_classes
+from .untrained import open_rows, projections, unchanged_classes, untrained_classes
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "head_adapt_plan.json"

@@ -175,7 +175,11 @@ def prepare_load(
     state = OrderedDict(nearest.apply(plan.apply(made.tensors, model.state_dict())))
     # What a module keeps beside its tensors (`_extra_state`) has no classes.
     state.update({n: v for n, v in made.tensors.items() if n in state and not torch.is_tensor(v)})
-    adapt_averages(checkpoint, plan, state)
+    done, left = adapt_averages(checkpoint, plan, state)
+    if done:
+        logger.info("Averaged copies of the model went through the same plan: %s.", ", ".join(done))
+    for place in left:
+        logger.warning("%s of %s holds head tensors of the old classes and was left as it was.", place, request.path)
     if hasattr(stored, "_metadata"):
         # Modules convert old formats by the version numbers in it.
         state._metadata = stored._metadata  # type: ignore[attr-defined]
@@ -197,6 +201,7 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     settings, unused = keys_for(request.settings, known, request.path, own=request.own)
     shapes = shapes_of(model.state_dict())
     settled = settle_checkpoint(checkpoint, shapes, settings)
+    known = known.renamed({file: name for name, file in settled.file_names.items()})
     declare_agnostic(model, settings.agnostic)
     layouts = layouts_of(model)
     for space in sorted(set(settings.source) - {layout.space for layout in layouts}):
