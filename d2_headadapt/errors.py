@@ -22,6 +22,22 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def visible(text: str) -> str:
+    """``text`` in one line that shows what is in it: whatever is not printable, a line's end too, as its escape.
+
+    Names of classes and tensors come from files. Raw, ``\\x1b[2J`` in one clears a terminal, a newline forges a line of
+    a log, and a zero-width space makes two names look alike.
+
+    Example:
+        >>> from d2_headadapt.errors import visible
+        >>> visible("cat\\n"), visible("ca\\u200bt"), visible("straße")
+        ('cat\\\\n', 'ca\\\\u200bt', 'straße')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class HeadAdaptError(ValueError):
     """Base of everything that this package raises for a mistake a user can mend.
 
@@ -47,7 +63,7 @@ class HeadAdaptError(ValueError):
         self.expected = expected
         self.found = found
         self.fix = fix
-        super().__init__(f"{where}: expected {expected}, found {found}. {fix}")
+        super().__init__(visible(f"{where}: expected {expected}, found {found}. {fix}"))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Worker processes hand exceptions to their parent by pickling, and keyword-only arguments need this.

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from ..errors import visible
+
 Shape = tuple[int, ...]
 
 
@@ -220,10 +222,8 @@ def sentence(why: Why, *, root: bool = False) -> str:
     values = {field.name: getattr(why, field.name) for field in fields(why)}
     holds = f"{why.count} classes" if why.count else "no whole number of classes"
     words = SENTENCES[why.cause].format(**{**values, "names": ", ".join(why.names), "holds": holds})
-    if root:
-        return words
-    if why.cause in UNVERIFIED:
-        return f"unverified: {words}"
-    if why.blame and why.cause is not Cause.GROUP_REFUSED:
-        return f"its head group changes whole or not at all; {why.blame}: {words}"
-    return words
+    if not root and why.cause in UNVERIFIED:
+        words = f"unverified: {words}"
+    elif not root and why.blame and why.cause is not Cause.GROUP_REFUSED:
+        words = f"its head group changes whole or not at all; {why.blame}: {words}"
+    return visible(words)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
+from ..errors import visible
 from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
@@ -61,7 +62,7 @@ def summary_line(plan: AdaptPlan) -> str:
     parts.append("tensors: " + ", ".join(f"{tensors[action]} {action}" for action in ACTIONS if tensors[action]))
     if unverified:
         parts.append(f"{unverified} of them unverified")
-    return "; ".join(parts)
+    return visible("; ".join(parts))
 
 
 def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = True) -> str:
@@ -137,7 +138,10 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
         what = f"{_count(len(tensors), 'tensor')} of {group} keep{'s' * (len(tensors) == 1)} the model's initial values"
         names = tuple(t.name for t in tensors)
         notices.append(Notice("initialised", what, sentence(root, root=True), *_command(tensors[0], plan), names))
-    return tuple(notices)
+    return tuple(
+        replace(n, **{name: visible(getattr(n, name)) for name in ("what", "why", "type_this", "hint")})
+        for n in notices
+    )
 
 
 def discarded_heads(plan: AdaptPlan) -> tuple[Notice, ...]:
@@ -220,7 +224,7 @@ def _rows(plan: AdaptPlan, notices: Sequence[Notice], every_tensor: bool) -> lis
         for i, t in enumerate(by_group[group]):
             words = [*counts_in_words(t), f"see note {notes[t.name]}" if t.name in notes else t.reason]
             cells = [t.name, t.action, shape_text(t.source_shape), shape_text(t.target_shape)]
-            rows.append([group * (i == 0), *cells, ", ".join(filter(None, words))])
+            rows.append([visible(c) for c in (group * (i == 0), *cells, ", ".join(filter(None, words)))])
     return rows
 
 
@@ -261,7 +265,7 @@ def _class_lines(plan: AdaptPlan, space: str) -> list[tuple[str, str]]:
         ("of the file that are dropped", _names(found.source, found.dropped)),
         ("of the file that feed several", _names(found.source, found.shared)),
     ]
-    return [(f"{space} classes {title}", shorten(names, _ALIAS_MOST)) for title, names in lines if names]
+    return [(visible(f"{space} classes {title}"), shorten(names, _ALIAS_MOST)) for title, names in lines if names]
 
 
 def split_renamed(found: ClassMap) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -282,7 +286,7 @@ def _new_names(plan: AdaptPlan, space: str) -> list[str]:
 
 
 def _names(table: ClassTable, indices: Iterable[int]) -> list[str]:
-    return [" ".join(table.names[i].split()) for i in indices]
+    return [visible(table.names[i]) for i in indices]
 
 
 def _count(number: int, what: str) -> str:
@@ -297,7 +301,7 @@ def _pipes(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _markdown(text: str) -> str:
     """``text`` as Markdown shows it; class names may hold anything."""
-    return re.sub(r"([\\`*_|\[\]~])", r"\\\1", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_|\[\]~])", r"\\\1", visible(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _code(text: str) -> str:

@@ -24,7 +24,7 @@ from ..adapt.planner import plan_adaptation, source_key
 from ..adapt.registry import layouts_of
 from ..adapt.vocabularies import zoo_tables
 from ..config.settings import AdaptSettings
-from ..errors import CheckpointFileError, NotFetchedError, PlanRefused
+from ..errors import CheckpointFileError, NotFetchedError, PlanRefused, visible
 from ..files import read_checkpoint, shapes_of, verify_tensors
 from ..modeling.text.nearest import NearestRows, plan_nearest
 from ..modeling.text.predictor import FACTS, refuse_other_text
@@ -177,9 +177,10 @@ def prepare_load(
     state.update({n: v for n, v in made.tensors.items() if n in state and not torch.is_tensor(v)})
     done, left = adapt_averages(checkpoint, plan, state)
     if done:
-        logger.info("Averaged copies of the model went through the same plan: %s.", ", ".join(done))
+        logger.info("Averaged copies of the model went through the same plan: %s.", visible(", ".join(done)))
     for place in left:
-        logger.warning("%s of %s holds head tensors of the old classes and was left as it was.", place, request.path)
+        where = f"{visible(place)} of {request.path}"
+        logger.warning("%s holds head tensors of the old classes and was left as it was.", where)
     if hasattr(stored, "_metadata"):
         # Modules convert old formats by the version numbers in it.
         state._metadata = stored._metadata  # type: ignore[attr-defined]

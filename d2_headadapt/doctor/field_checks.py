@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
-from ..adapt.classes import did_you_mean, normalise
+from ..adapt.classes import did_you_mean
 from ..data.datasets import task_facts
 from .coco_json import MASK_BROKEN, MASK_NONE, MASK_POLYGON, MASK_RLE, Labels
 from .finding import DoctorContext, Finding, check
@@ -24,7 +24,7 @@ def class_names(context: DoctorContext) -> Iterable[Finding]:
     for name, labels in from_json(context):
         seen: dict[str, int] = {}
         for k, one in enumerate(labels.names):
-            key = normalise(one) if isinstance(one, str) else ""
+            key = str(one).strip() if isinstance(one, (str, int)) and not isinstance(one, bool) else ""
             if not key or key in seen:
                 found = f"category {labels.ids[k]!r} is {one!r}"
                 if key:
@@ -34,7 +34,7 @@ def class_names(context: DoctorContext) -> Iterable[Finding]:
                     "error",
                     f"{place(name, labels)}, categories",
                     found,
-                    "names that differ after case, spaces, hyphens and underscores are normalised",
+                    "different names",
                     "Rename one of the two, or give both one id." if key else "Give the category a name, in quotes.",
                 )
             seen.setdefault(key, k)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from termcolor import colored
 
-from ..errors import ConfigError, DatasetError, HeadAdaptError
+from ..errors import ConfigError, DatasetError, HeadAdaptError, visible
 from ..setup.lazy.words import fix_in_lazy_words, in_lazy_words
 
 # Each module of checks enters its own when it is imported.
@@ -120,9 +120,10 @@ def report_text(report: Report, say: Callable[[str], str] = str) -> str:
     blocks = []
     for finding in report.findings:
         head = colored(f"{finding.severity} {finding.code}", COLOURS[finding.severity], attrs=["bold"])
-        lines = [("found", finding.found), ("expected", finding.expected), ("do", finding.fix)]
+        where, *parts = map(visible, (finding.where, finding.found, finding.expected, finding.fix))
+        lines = list(zip(("found", "expected", "do"), parts, strict=True))
         blocks.append(
-            f"{head}  {finding.where}\n" + tabulate(lines, tablefmt="plain", maxcolwidths=[None, 100], stralign="left")
+            f"{head}  {where}\n" + tabulate(lines, tablefmt="plain", maxcolwidths=[None, 100], stralign="left")
         )
     if report.not_run:
         rows = [(code, say(CHECKS[code].title), reason) for code, reason in sorted(report.not_run.items())]
