@@ -251,6 +251,8 @@ def adapt_resume(
     holders = find_state(checkpoint)
     if live is None or not holders:
         return
+    for holder in holders:
+        _refuse_other_kind(holder["optimizer"], live, path)
     names = optimizer_names(live, dict(model.named_parameters()))
     if not changed and known.optimizer in ((), names):
         return
@@ -264,6 +266,28 @@ def adapt_resume(
             if key in checkpoint:
                 checkpoint[key] = reorder_scheduler(checkpoint[key], origins, rates)
     logger.info("Optimizer moments of %s went through the same plan as the weights; new rows start at zero.", path)
+
+
+ANY_OPTIMIZER = {
+    *("params", "lr", "initial_lr", "weight_decay", "maximize", "foreach", "differentiable", "fused", "capturable"),
+    "decoupled_weight_decay",
+}
+"""Keys of a parameter group that optimizers of several kinds have, or that a later version of torch added."""
+
+
+def _refuse_other_kind(state: Mapping[str, Any], live: torch.optim.Optimizer, path: str) -> None:
+    """Raise where a saved state lacks what the live optimizer reads in its ``step()``: it is of another kind."""
+    needed = live.defaults.keys() - ANY_OPTIMIZER
+    for group in state["param_groups"]:
+        if needed - group.keys():
+            saved = ", ".join(sorted(group.keys() - ANY_OPTIMIZER - needed)) or "none of its own"
+            raise ResumeError(
+                f"optimizer state of {path}",
+                expected=f"that of {type(live).__name__} ({', '.join(sorted(needed))})",
+                found=f"that of another optimizer ({saved})",
+                fix="Go on with the optimizer that the run was trained with, or start a new run from this file: "
+                "without --resume, with it as MODEL.WEIGHTS and another OUTPUT_DIR.",
+            )
 
 
 def find_optimizer(checkpointables: Mapping[str, Any]) -> torch.optim.Optimizer | None:
