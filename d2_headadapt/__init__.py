@@ -19,6 +19,7 @@ from .adapt.planner import plan_adaptation
 from .adapt.registry import layouts_of, register_head_layout
 from .adapt.vocabularies import vocabulary
 from .checkpoint.checkpointer import HeadAdaptCheckpointer
+from .config.keep import KeepSettings, PackSpec
 from .config.keys import add_headadapt_config
 from .config.settings import AdaptSettings
 from .engine.own_loop import adapt_state_dict, fit_rows
@@ -26,6 +27,7 @@ from .engine.train import Trainer
 from .errors import HeadAdaptError
 from .modeling.backbone import build_conv_net_backbone
 from .modeling.classifier import MultiTaskClassifier
+from .modeling.keep_model import attach_keep
 from .modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from .modeling.roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdaptROIHeads
 from .modeling.text.predictor import HeadAdaptTextOutputLayers
@@ -45,12 +47,15 @@ __all__ = [
     "HeadAdaptRes5ROIHeads",
     "HeadAdaptTextOutputLayers",
     "HeadLayout",
+    "KeepSettings",
     "MultiTaskClassifier",
+    "PackSpec",
     "TensorPlan",
     "Trainer",
     "__version__",
     "adapt_state_dict",
     "add_headadapt_config",
+    "attach_keep",
     "build_conv_net_backbone",
     "fit_rows",
     "layouts_of",

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
+from ..modeling.keep_proposals import inputs_of
 from .boxes import BYTES
 from .images import ImageStream, View
 from .reservoir import Reservoir, sample_view
 from .rows import RowWriter, Solution
-from .rpn import inputs_of, proposals_of
+from .rpn import proposals_of
 from .settings import FitSettings, PartReport
 from .sharing import gathered, on_rank_zero
 from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows
@@ -106,7 +107,7 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
             return [], PartReport(part, "kept", "no image shows a mask of a new class")
         held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
         placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
-        solutions, penalty = _solve(part, placed, seen, writer, settings)
+        solutions, penalty = solve_masks(part, placed, seen, writer, settings)
         penalties = {"predictor": penalty}
         return solutions, PartReport(part, "solved", f"{len(seen)} new classes", len(sample["weight"]), 0, penalties)
 
@@ -115,9 +116,18 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
     return report
 
 
-def _solve(
+def solve_masks(
     part: str, sample: dict[str, torch.Tensor], seen: list[int], writer: RowWriter, settings: FitSettings
 ) -> tuple[list[Solution], float]:
+    """Rows of some classes of a mask predictor, and the penalty.
+
+    Args:
+        part: the predictor's name in the model.
+        sample: ``x``, ``inside``, ``label``, ``weight`` and ``held``, (n, ...), of :func:`collect`.
+        seen: the classes.
+        writer: knows the carried ones.
+        settings: the penalties to choose from.
+    """
     layout = writer.layouts[f"{part}.weight"]
     weight, bias = writer.value(f"{part}.weight").to(sample["x"].device), writer.value(f"{part}.bias").to(sample["x"])
     label, inside = sample["label"], sample["inside"][:, None]
