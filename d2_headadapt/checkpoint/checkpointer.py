@@ -25,6 +25,7 @@ from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import read_checkpoint, shapes_of, verify_tensors, write_checkpoint, write_text
 from ..modeling.text.nearest import NearestRows, plan_nearest
 from ..modeling.text.predictor import FACTS, refuse_other_text, text_facts
+from .kept import KeptGuard, with_packs
 from .load import (
     asks_heuristics,
     check_exists,
@@ -94,6 +95,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None
+        self.settings = with_packs(self.settings, self.model)
+        self._kept = KeptGuard(self.model)
         self.plan: AdaptPlan | None = None
         self.untrained: dict[str, tuple[str, ...]] = {}
         self._open: dict[str, tuple[str, ...]] = {}
@@ -189,12 +192,14 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         state, plan, known, error = OrderedDict[str, torch.Tensor](), AdaptPlan(()), Provenance(), None
         try:
             state, plan, known = self._prepare(checkpoint, path)
+            self._kept.check_load(state, plan, known, self._origin, resumes=self._own_file)
         except HeadAdaptError as exc:
             error = exc
         self._agree(error)
         self._write_plan(plan)
         untrained, still_open = untrained_classes(plan, known), open_rows(plan, known)
         self.model.load_state_dict(state)
+        self._kept.after_load(self.model, known, self._origin)
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._origin)
         self._remember(plan, untrained)
@@ -370,4 +375,5 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         facts = text_facts(self.model)
         if facts:
             extra[FACTS] = facts
+        extra.update(self._kept.facts(self.model.state_dict(), self.save_dir or "the model"))
         return Provenance(fitting, layouts, names, self.untrained, extra)

@@ -12,6 +12,7 @@ from ..export import ENDINGS
 from ..setup.lazy.words import lazy_words
 from ..version import __version__
 from .commands import adapt, doctor, explain, export, fit, plan, predict, run_existing, train
+from .keep_commands import add_parsers
 
 DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."
 EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line is wrong."
@@ -75,6 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(command)
     command.add_argument("--json", metavar="FILE", help="also write the fit's report as JSON; - for standard output")
     command.set_defaults(run=fit)
+
+    add_parsers(commands, _add_common, _add_output, EPILOG)
 
     stock = default_argument_parser()
     command = commands.add_parser(

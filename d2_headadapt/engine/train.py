@@ -25,13 +25,16 @@ from ..adapt.classes import shorten
 from ..adapt.report import plan_markdown
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.keys import freeze
+from ..config.keep import KeepSettings
 from ..config.settings import AdaptSettings, attach_settings, with_keys
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
 from ..errors import PlanRefused, UsageError
 from ..evaluation.build import build_evaluator as build_evaluator
+from ..evaluation.keep import keep_table
 from ..fit.hook import FitHook
+from ..modeling.keep_model import attach_keep
 from ..setup.build import building
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
@@ -80,6 +83,7 @@ class Trainer(DefaultTrainer):
         with building():
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg))
+        attach_keep(model, KeepSettings.from_config(cfg))
         frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)
         if frozen:
             logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))
@@ -134,6 +138,14 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name, output_folder)
+
+
+def say_old_and_new(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """The table of old and new classes, where the model has added ones."""
+    sets = results if len(cfg.DATASETS.TEST) != 1 else {cfg.DATASETS.TEST[0]: results}
+    table = keep_table(sets) if comm.is_main_process() else ""
+    if table:
+        logger.info("Old and new classes:\n%s", table)
 
 
 def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: bool) -> None:
@@ -210,6 +222,7 @@ def main(args: argparse.Namespace) -> Any:
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
+        say_old_and_new(cfg, results)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -16,10 +16,12 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..adapt.classes import ClassTable
+from ..config.keep import KeepSettings
 from ..config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ..errors import ConfigError, UsageError
 from ..fit.hook import mapper_at_test_size, training_dicts
 from ..fit.images import Mapper
+from ..modeling.keep_model import attach_keep
 from .build import build_on_meta, building
 from .lazy.loading import load
 from .lazy.mirror import mirror_of
@@ -56,7 +58,7 @@ class Recipe:
         with building():
             model: nn.Module = build_model(self.config)
         attach_settings(model, self.settings)
-        return model
+        return attach_keep(model, KeepSettings.from_config(self.config))
 
     def build_on_meta(self) -> nn.Module:
         """Its names and shapes; on the CPU where a module does not build on the meta device."""
@@ -119,7 +121,7 @@ class LazyRecipe(Recipe):
 
     def build(self) -> nn.Module:
         model: nn.Module = built(self.lazy.model, "model")
-        return model.to(self.config.MODEL.DEVICE)
+        return attach_keep(model.to(self.config.MODEL.DEVICE), KeepSettings.from_config(self.config))
 
     def build_on_meta(self) -> nn.Module:
         try:

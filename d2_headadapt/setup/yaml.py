@@ -23,6 +23,7 @@ from ..data.task_spec import complete_tasks
 from ..errors import ConfigError, DatasetError, UsageError
 from ..modeling.text.preflight import refuse_text
 from .components import add_component_keys, import_components
+from .keep import check_labels, settle_keep
 from .task_checks import check_tasks
 
 logger = logging.getLogger(__name__)
@@ -196,15 +197,18 @@ def settle_config(
     """
     _refuse_none(cfg)
     register_datasets(cfg.DATASETS.REGISTER)
+    keeps = settle_keep(cfg, registered_only=registered_only or not reads_labels)
     check_tasks(cfg)
     settle_tasks(cfg, registered_only=registered_only or not reads_labels)
     say_unused_tasks(cfg)
     named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
     settings = AdaptSettings.from_config(cfg, registered_only=registered_only or (bool(named) and not reads_labels))
-    for space in named if not reads_labels else ():
+    for space in named if not reads_labels and not keeps else ():
         _say_what_wins(cfg, settings.target[space], space)
-    if reads_labels:
+    if reads_labels and keeps:
+        check_labels(cfg)
+    elif reads_labels:
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             for space, table in settings.target.items():
                 if dataset_table(name, space) is not None:
