@@ -55,8 +55,10 @@ def read_base(path: str, *, trust: bool = False) -> BaseFile:
     checkpoint = read_checkpoint(path, trust=trust)
     stored = checkpoint.get(KEY)
     known = Provenance() if stored is None else Provenance.from_plain(stored, path)
-    state = {name: value for name, value in checkpoint["model"].items()}
-    state = {name: value if torch.is_tensor(value) else torch.from_numpy(value) for name, value in state.items()}
+    state = {
+        name: value if torch.is_tensor(value) else torch.from_numpy(value)
+        for name, value in checkpoint["model"].items()
+    }
     kept = kept_in(known, path)
     packs = kept.packs if kept is not None else ()
     base = {name: value for name, value in state.items() if branch_of(name) is None}

@@ -12,7 +12,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import inference_on_dataset
-from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -29,7 +28,6 @@ from ..evaluation.keep import keep_table
 from ..files import existing_output, write_checkpoint
 from ..fit import FitSettings, fit_lines, fit_new_rows
 from ..fit.keep import negative_images
-from ..setup.build import building
 from ..setup.recipe import Recipe, no_training_set, read_recipe
 
 PACK_ENDINGS = (".pack",)
@@ -91,11 +89,8 @@ def _some_images(recipe: Recipe, most: int) -> list[dict[str, Any]]:
     dicts, beside = recipe.training_dicts(), negative_images(str(recipe.config.MODEL.HEAD_ADAPT.KEEP_NEGATIVES))
     half = most // 2 if beside else most
     chosen = [*beside[: most - half], *dicts[: max(half, most - len(beside))]]
-    mapper = recipe.mapper_at_test_size()
-    return [
-        {**mapped, "height": mapped["image"].shape[1], "width": mapped["image"].shape[2]}
-        for mapped in map(mapper, map(dict, chosen))
-    ]
+    found = map(recipe.mapper_at_test_size(), map(dict, chosen))
+    return [{**one, "height": one["image"].shape[1], "width": one["image"].shape[2]} for one in found]
 
 
 @torch.no_grad()
@@ -116,8 +111,7 @@ def check_same_detections(recipe: Recipe, model: nn.Module, images: Sequence[dic
     if recipe.config.MODEL.HEAD_ADAPT.KEEP_DETECTIONS != "append":
         # A new detection may hide an old one then, which is what the user asked for.
         return 0
-    with building():
-        base = build_model(recipe.config)
+    base = recipe.build_base()
     own = {name: value for name, value in model.state_dict().items() if name in base.state_dict()}
     base.load_state_dict(own)
     _load_stock(base, recipe.config.MODEL.WEIGHTS)
@@ -132,7 +126,7 @@ def check_same_detections(recipe: Recipe, model: nn.Module, images: Sequence[dic
                     f"image {i}, {name}",
                     expected="the base model's detections, bit for bit",
                     found="others",
-                    fix="Nothing was written. Set MODEL.DEVICE cpu, where results do not depend on chance, or report it.",
+                    fix="Nothing was written. Set MODEL.DEVICE cpu, where results do not depend on chance.",
                 )
     return len(images)
 

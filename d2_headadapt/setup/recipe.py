@@ -55,10 +55,14 @@ class Recipe:
 
     def build(self) -> nn.Module:
         """The model on ``MODEL.DEVICE``, as its constructors leave it, with the settings attached."""
+        return attach_keep(self.build_base(), KeepSettings.from_config(self.config))
+
+    def build_base(self) -> nn.Module:
+        """The model without the classes that ``MODEL.HEAD_ADAPT.KEEP`` adds."""
         with building():
             model: nn.Module = build_model(self.config)
         attach_settings(model, self.settings)
-        return attach_keep(model, KeepSettings.from_config(self.config))
+        return model
 
     def build_on_meta(self) -> nn.Module:
         """Its names and shapes; on the CPU where a module does not build on the meta device."""
@@ -119,9 +123,9 @@ class LazyRecipe(Recipe):
 
     lazy: DictConfig
 
-    def build(self) -> nn.Module:
+    def build_base(self) -> nn.Module:
         model: nn.Module = built(self.lazy.model, "model")
-        return attach_keep(model.to(self.config.MODEL.DEVICE), KeepSettings.from_config(self.config))
+        return model.to(self.config.MODEL.DEVICE)
 
     def build_on_meta(self) -> nn.Module:
         try:
