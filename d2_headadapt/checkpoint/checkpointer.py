@@ -239,6 +239,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         """Everything that can fail, before anything is written to; ``checkpoint`` loses what is used."""
         provenance = checkpoint.pop(KEY, None)
         known = Provenance() if provenance is None else Provenance.from_plain(provenance, self._origin)
+        if self._own_file:
+            self._kept.check_resume(known, self._origin)
         stored = checkpoint.pop("model")
         model_state = self.model.state_dict()
         settings = self.settings

@@ -135,6 +135,21 @@ class KeptGuard:
         self._keep: Keep | None = keep_of(model)
         self._promised: dict[int | None, Mapping[str, str]] = {}
 
+    def check_resume(self, known: Provenance, origin: str) -> None:
+        """Refuse to go on with a run that was begun under another ``KEEP``.
+
+        Raises:
+            ResumeError: says which.
+        """
+        kept = KEEP in known.extra
+        if kept != (self._keep is not None):
+            raise ResumeError(
+                origin,
+                expected="a run that was begun under the same MODEL.HEAD_ADAPT.KEEP",
+                found="one under KEEP exact" if kept else "one without KEEP",
+                fix=f"Set MODEL.HEAD_ADAPT.KEEP {'exact' if kept else repr('')}, or start without --resume.",
+            )
+
     def check_load(
         self, state: Mapping[str, Any], plan: AdaptPlan, known: Provenance, origin: str, *, resumes: bool
     ) -> None:
@@ -148,17 +163,10 @@ class KeptGuard:
             resumes: a run goes on from its own file.
 
         Raises:
-            ResumeError: a run under another ``KEEP``, or with other packs.
+            ResumeError: a run with other packs.
             PlanRefused: tensors that the file does not have, or that are not those it was saved with.
         """
         stored = kept_in(known, origin)
-        if resumes and (stored is None) != (self._keep is None):
-            raise ResumeError(
-                origin,
-                expected="a run that was begun under the same MODEL.HEAD_ADAPT.KEEP",
-                found="one under KEEP exact" if stored else "one without KEEP",
-                fix=f"Set MODEL.HEAD_ADAPT.KEEP {'exact' if stored else repr('')}, or start without --resume.",
-            )
         if self._keep is None:
             return
         settings = self._keep.settings

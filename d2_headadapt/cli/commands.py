@@ -148,6 +148,9 @@ def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> Recip
     setup_logger(name="d2_headadapt")
 
     def change(cfg: CfgNode) -> None:
+        if cfg.MODEL.HEAD_ADAPT.KEEP:
+            # Its classes are those of the file.
+            cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
         if not reads_labels:
             cfg.MODEL.DEVICE = "cpu"
         elif not cfg.DATASETS.TRAIN and not is_lazy_file(args.config_file):

@@ -126,8 +126,10 @@ def name_classes(cfg: CfgNode, known: Provenance) -> None:
     """Let a checkpoint that knows its classes name them, so that no dataset need be there. In place; not frozen."""
     if known.tables:
         cfg.DATASETS.TRAIN = ()
-    if kept_in(known, "the checkpoint") is not None:
-        cfg.MODEL.HEAD_ADAPT.KEEP = "exact"
+    kept, node = kept_in(known, "the checkpoint"), cfg.MODEL.HEAD_ADAPT
+    node.KEEP = "" if kept is None else "exact"
+    if kept is not None:
+        node.TARGET_CLASSES, node.KEEP_PACKS = list(kept.classes), [pack.to_plain() for pack in kept.packs]
     cfg.DATASETS.TEST = ()
     for name, node in cfg.MODEL.TASKS.items():
         if node.classes is None and name in known.tables:

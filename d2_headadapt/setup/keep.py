@@ -13,7 +13,7 @@ from ..adapt.vocabularies import zoo_tables
 from ..checkpoint.kept import KeptFile, kept_in
 from ..checkpoint.load import check_exists
 from ..checkpoint.provenance import Provenance, provenance_of
-from ..config.keep import PackSpec, check_mode
+from ..config.keep import KeepSettings, PackSpec, check_mode
 from ..config.keys import add_headadapt_config
 from ..data.datasets import dataset_table, resolve_table, training_table
 from ..errors import ClassTableError, ConfigError, DatasetError
@@ -40,6 +40,9 @@ def settle_keep(cfg: CfgNode, *, registered_only: bool = False) -> bool:
     if not check_mode(node.KEEP):
         return False
     _refuse_other_keys(cfg)
+    # Choices are looked at before any file is.
+    choices = str(node.KEEP_DETECTIONS), float(node.KEEP_SUPPRESS_SCORE), str(node.KEEP_PROPOSALS)
+    KeepSettings(ClassTable(["old"]), (PackSpec(("new",), str(node.KEEP_HEAD)),), (), *choices)
     if not node.KEEP_PACKS:
         path, known = _base(cfg)
         stored = kept_in(known, path)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from d2_headadapt import ClassTable, KeepSettings, PackSpec, attach_keep
 
+from .commands import Ran, cli
+from .datasets import write_coco
+from .files import save_stock
 from .fit import tiny_model
-from .models import names, training_losses
+from .models import names, stock_model, tiny_cfg, training_losses
 
 KINDS = ("standard", "cascade", "c4", "retinanet")
 OLD = 5
@@ -60,3 +65,49 @@ def differs(before: list[dict[str, torch.Tensor]], after: list[dict[str, torch.T
         count = len(old["scores"])
         found += [f"image {i}: {name}" for name in old if not torch.equal(old[name], both[name][:count])]
     return found
+
+
+class KeepPlace:
+    """A folder with a base of five classes, a json that lists two new ones alone, and a yaml that keeps the base.
+
+    Args:
+        folder: an empty one.
+        classes: of the training json.
+        prefix: of its datasets' names.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str] = ("rhino", "gnu"), prefix: str = "d2ha_keep") -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self.base = save_stock(stock_model(OLD, seed=21), folder / "base.pth")
+        for name, entries in (("train", classes), ("old_test", names(OLD)[::-1]), ("both_test", ["gnu", *names(OLD)])):
+            write_coco(folder, entries, name=name)
+        config = yaml.safe_load(tiny_cfg(masks=False).dump())
+        sets = ("train", "old_test", "both_test")
+        tests = [f"{prefix}_{name}" for name in sets]
+        config["DATASETS"].update(
+            TRAIN=tests[:1],
+            TEST=[],
+            REGISTER=[
+                {"name": full, "json": f"{name}.json", "images": name} for full, name in zip(tests, sets, strict=True)
+            ],
+        )
+        config["INPUT"].update(MIN_SIZE_TRAIN=[64], MIN_SIZE_TEST=64, MAX_SIZE_TRAIN=64, MAX_SIZE_TEST=64)
+        config["DATALOADER"].update(NUM_WORKERS=0)
+        config["SOLVER"].update(IMS_PER_BATCH=2, BASE_LR=1e-4, MAX_ITER=2, STEPS=[], WARMUP_ITERS=0)
+        config["MODEL"]["HEAD_ADAPT"].update(SOURCE_CLASSES=names(OLD), KEEP="exact")
+        config["MODEL"]["DEVICE"] = "cpu"
+        config["OUTPUT_DIR"] = str(folder / "out")
+        self.config = folder / "mine.yaml"
+        self.config.write_text(yaml.safe_dump(config))
+
+    def run(self, command: str, *flags: Any, opts: Sequence[Any] = ()) -> Ran:
+        """A command with the yaml."""
+        return cli(command, "--config-file", self.config, *flags, *opts)
+
+    def extended(self, name: str = "more.pth", weights: Path | None = None, opts: Sequence[Any] = ()) -> Path:
+        """What ``extend`` writes."""
+        path = self.folder / name
+        ran = self.run("extend", "--weights", weights or self.base, "--output", path, opts=opts)
+        assert ran.code == 0, ran.err
+        return path
