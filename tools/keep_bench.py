@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -171,9 +171,7 @@ def judged(cfg: CfgNode, name: str, found: Sequence[Any]) -> dict[str, Any]:
     """The results of a test set's own evaluator."""
     judge = build_evaluator(cfg, name)
     judge.reset()
-    numbers = {
-        entry["file_name"]: entry["image_id"] for entry in build_detection_test_loader(cfg, name).dataset.dataset
-    }
+    numbers = {entry["file_name"]: entry["image_id"] for entry in DatasetCatalog.get(name)}
     for inputs, outputs in found:
         # The same photo has another number in the joint set.
         judge.process([{**inputs, "image_id": numbers[inputs["file_name"]]}], [outputs])

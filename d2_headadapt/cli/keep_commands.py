@@ -22,12 +22,12 @@ from ..checkpoint.load import check_exists
 from ..checkpoint.packs import added, pack_of, read_base, removed
 from ..checkpoint.provenance import KEY
 from ..config.keep import KeepSettings
+from ..data.negatives import negative_images
 from ..errors import DatasetError, PlanRefused, UsageError
 from ..evaluation.build import build_evaluator
 from ..evaluation.keep import keep_table
 from ..files import existing_output, write_checkpoint
 from ..fit import FitSettings, fit_lines, fit_new_rows
-from ..fit.keep import negative_images
 from ..setup.recipe import Recipe, no_training_set, read_recipe
 
 PACK_ENDINGS = (".pack",)

@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
@@ -27,6 +28,7 @@ from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.keys import freeze
 from ..config.keep import KeepSettings
 from ..config.settings import AdaptSettings, attach_settings, with_keys
+from ..data.negatives import negative_images, with_negatives
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
@@ -102,8 +104,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
-        return build_task_train_loader(cfg) if cfg.MODEL.get("TASKS") else super().build_train_loader(cfg)
+        """Stock's loader; with ``MODEL.TASKS`` one that carries their labels, and one with ``KEEP_NEGATIVES``."""
+        if cfg.MODEL.get("TASKS"):
+            return build_task_train_loader(cfg)
+        keep = KeepSettings.from_config(cfg)
+        negatives = negative_images(keep.negatives) if keep is not None else []
+        if not negatives:
+            return super().build_train_loader(cfg)
+        own = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        return build_detection_train_loader(cfg, dataset=with_negatives(own, negatives))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

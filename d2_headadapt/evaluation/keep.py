@@ -63,7 +63,7 @@ class KeepEvaluator(DatasetEvaluator):
         self._judge.process(inputs, own)
 
     def evaluate(self) -> dict[str, Any] | None:
-        results = self._judge.evaluate()
+        results: dict[str, Any] | None = self._judge.evaluate()
         if not results:
             return results
         split: dict[str, float] = {}

@@ -7,22 +7,19 @@ Unlabelled old objects are the best examples of *other*, so no region is left ou
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import DatasetError
+from ..data.negatives import negative_images
 from ..modeling.keep import Keep, Pack, keep_of, regions_of
 from ..modeling.keep_dense import DensePack
 from ..modeling.task_dry_run import evaluating
@@ -43,7 +40,6 @@ EVERY = 1_000_000
 GAIN = 0.02
 """What held-out recall must gain by second proposals, which take a fifth more time. At 0.005 they were switched on for
 a class of which the old proposals find 98 %."""
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def fit_packs(
@@ -109,35 +105,6 @@ NO_NEGATIVES = (
     "beside photos), they will be found on old scenes too. Set MODEL.HEAD_ADAPT.KEEP_NEGATIVES to a folder of photos "
     "without them; no labels are needed."
 )
-
-
-def negative_images(where: str) -> list[dict[str, Any]]:
-    """The images of ``KEEP_NEGATIVES`` as a detectron2 dataset without annotations.
-
-    Args:
-        where: a registered dataset, or a folder; empty for none.
-
-    Raises:
-        DatasetError: it is neither, or shows no image.
-    """
-    if not where:
-        return []
-    if where in DatasetCatalog:
-        found = [
-            {"file_name": e["file_name"], "image_id": f"negative {i}"} for i, e in enumerate(DatasetCatalog.get(where))
-        ]
-    else:
-        folder = Path(where)
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS) if folder.is_dir() else []
-        found = [{"file_name": os.fspath(p), "image_id": f"negative {p.relative_to(folder)}"} for p in files]
-    if not found:
-        raise DatasetError(
-            f"MODEL.HEAD_ADAPT.KEEP_NEGATIVES, {where!r}",
-            expected="a folder of images, or a registered dataset",
-            found="a folder without an image" if Path(where).is_dir() else "neither",
-            fix="Correct it; a relative path starts at the working directory.",
-        )
-    return [{**entry, "annotations": []} for entry in found]
 
 
 def own_dataset(keep: Keep, number: int, dataset: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -58,8 +58,8 @@ class Regions:
         ]
         features = []
         for k, (mine, theirs) in enumerate(zip(self.features, other.features, strict=True)):
-            first = mine.split([b.tensor.shape[0] for b in self.boxes[k]])
-            second = theirs.split([b.tensor.shape[0] for b in other.boxes[k]])
+            first = torch.split(mine, [b.tensor.shape[0] for b in self.boxes[k]])
+            second = torch.split(theirs, [b.tensor.shape[0] for b in other.boxes[k]])
             features.append(torch.cat([x for pair in zip(first, second, strict=True) for x in pair]))
         return Regions(boxes, features)
 

@@ -49,7 +49,7 @@ def attach_keep(model: nn.Module, settings: KeepSettings | None) -> nn.Module:
             found=f"{type(model).__name__}{', which has some' if keep_of(model) is not None else ''}",
             fix="Set MODEL.HEAD_ADAPT.KEEP '' to train one head for all classes.",
         )
-    owner = any_model if dense else roi_heads
+    owner: Any = any_model if dense else roi_heads
     if owner.num_classes != len(settings.old):
         raise ConfigError(
             "MODEL.HEAD_ADAPT.KEEP",
@@ -58,14 +58,14 @@ def attach_keep(model: nn.Module, settings: KeepSettings | None) -> nn.Module:
             fix="Build it for the base's classes; the added ones stand behind them.",
         )
     rpn = getattr(any_model, "proposal_generator", None)
-    packs = build_dense_packs(settings, model) if dense else build_packs(settings, roi_heads, rpn)
+    packs = build_dense_packs(settings, model) if dense else build_packs(settings, owner, rpn)
     device = next(model.parameters()).device
     owner.keep = Keep(settings, packs, rpn).to(device)
     if dense:
         put_before(model, KeptRetinaNet)
     else:
         put_before(model, KeptModel)
-        put_before(roi_heads, KeptROIHeads)
+        put_before(owner, KeptROIHeads)
     freeze_old(model, owner.keep)
     model.train(model.training)
     return model

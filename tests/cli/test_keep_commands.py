@@ -157,6 +157,16 @@ def trainer_of(place: KeepPlace, *opts: Any, resume: bool = False) -> Trainer:
     return trainer
 
 
+def test_negatives_are_trained_on(place: KeepPlace) -> None:
+    trainer = trainer_of(
+        place, "MODEL.WEIGHTS", place.base, "MODEL.HEAD_ADAPT.KEEP_NEGATIVES", place.folder / "old_test",
+        "SOLVER.MAX_ITER", 1,
+    )  # fmt: skip
+    seen = [entry["file_name"] for _, batch in zip(range(20), trainer.data_loader, strict=False) for entry in batch]
+    assert {Path(name).parent.name for name in seen} == {"train", "old_test"}
+    trainer.train()
+
+
 def test_training_moves_the_branch_alone_and_resumes(place: KeepPlace) -> None:
     before = stock_detections(place.base)
     trainer = trainer_of(place, "MODEL.WEIGHTS", place.base)

@@ -13,9 +13,10 @@ from helpers.models import detections, state_of
 from torch import nn
 
 from d2_headadapt import attach_keep
+from d2_headadapt.data.negatives import SHARE, negative_images, with_negatives
 from d2_headadapt.errors import DatasetError
 from d2_headadapt.fit import fit_new_rows
-from d2_headadapt.fit.keep import negative_images, own_dataset
+from d2_headadapt.fit.keep import own_dataset
 from d2_headadapt.modeling.keep import keep_of
 
 NEW = ("red", "green")
@@ -97,6 +98,16 @@ def test_negatives_have_room_of_their_own(tmp_path: Path) -> None:
         negative_images(str(tmp_path / "empty"))
     with pytest.raises(DatasetError, match="found neither"):
         negative_images(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(("images", "negatives"), [(3, 1), (6, 5), (6, 100), (100, 7), (1, 0)])
+def test_a_share_of_the_training_images_are_negatives(images: int, negatives: int) -> None:
+    mixed = with_negatives([{"image_id": i} for i in range(images)], [{"file_name": i} for i in range(negatives)])
+    beside = [entry["file_name"] for entry in mixed if "file_name" in entry]
+    assert set(beside) == set(range(negatives))
+    assert len(beside) / len(mixed) == pytest.approx(SHARE if negatives else 0, abs=0.05)
+    counts = [sum(entry.get("image_id") == i for entry in mixed) for i in range(images)]
+    assert min(counts) == max(counts)
 
 
 def test_a_failed_fit_leaves_the_branch_as_it_was() -> None:
