@@ -110,6 +110,8 @@ def class_counts(context: DoctorContext) -> Iterator[Finding]:
         table, written = context.tables.get(space), value_of(cfg, key)
         if table is None or not isinstance(written, int) or written == len(table):
             continue
+        if space == "thing" and with_keys(cfg).MODEL.HEAD_ADAPT.KEEP:
+            continue  # The base's classes are counted; those of the dataset stand behind them.
         if space == "keypoint" and not cfg.MODEL.KEYPOINT_ON:
             continue
         severity: Severity

@@ -417,6 +417,8 @@ class KeptROIHeads:
             regions = pack.own_regions(self, self.keep.rpn, features, proposals, known)
             new = pack.detect(self, features, regions, sizes)
             out = [self._joined(a, b, i) for a, b in zip(out, new, strict=True)]
+        if getattr(self.keep.rpn, "hidden", None) is not None:
+            self.keep.rpn.hidden = None
         return out
 
     def _joined(self, old: Instances, new: Instances, number: int) -> Instances:
@@ -457,7 +459,7 @@ def pack_space(number: int) -> str:
 def put_before(module: nn.Module, mixin: type) -> None:
     """Make ``mixin`` the first base class of one module; its tensors, and other modules of its class, stay."""
     cls = type(module)
-    module.__class__ = type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"__module__": __name__})
+    module.__class__ = type(f"Kept{cls.__name__}", (mixin, cls), {"__module__": __name__})
 
 
 def freeze_old(model: nn.Module, keep: Keep) -> None:

@@ -10,6 +10,7 @@ from ..config.keep import KeepSettings
 from ..errors import ConfigError
 from .keep import Keep, KeptModel, KeptROIHeads, build_packs, freeze_old, keep_of, put_before
 from .keep_dense import KeptRetinaNet, build_dense_packs
+from .keep_proposals import KeptRPN
 
 
 def attach_keep(model: nn.Module, settings: KeepSettings | None) -> nn.Module:
@@ -57,7 +58,7 @@ def attach_keep(model: nn.Module, settings: KeepSettings | None) -> nn.Module:
             found=f"one of {owner.num_classes}",
             fix="Build it for the base's classes; the added ones stand behind them.",
         )
-    rpn = getattr(any_model, "proposal_generator", None)
+    rpn: Any = getattr(any_model, "proposal_generator", None)
     packs = build_dense_packs(settings, model) if dense else build_packs(settings, owner, rpn)
     device = next(model.parameters()).device
     owner.keep = Keep(settings, packs, rpn).to(device)
@@ -66,6 +67,8 @@ def attach_keep(model: nn.Module, settings: KeepSettings | None) -> nn.Module:
     else:
         put_before(model, KeptModel)
         put_before(owner, KeptROIHeads)
+        if any(getattr(pack, "second", None) is not None for pack in owner.keep.packs):
+            put_before(rpn, KeptRPN)
     freeze_old(model, owner.keep)
     model.train(model.training)
     return model

@@ -87,8 +87,7 @@ class SecondProposals(nn.Module):
             proposals: the old ones; second ones that overlap them by :data:`SAME` are dropped.
         """
         maps = [features[name] for name in rpn.in_features]
-        with inputs_of(rpn.rpn_head.objectness_logits) as seen:
-            rpn.rpn_head(maps)
+        seen = hidden_of(rpn, maps)
         logits = [self.objectness_logits(x).permute(0, 2, 3, 1).flatten(1) for x in seen]
         deltas = [
             y.view(y.shape[0], -1, 4, y.shape[-2], y.shape[-1]).permute(0, 3, 4, 1, 2).flatten(1, -2)
@@ -99,6 +98,30 @@ class SecondProposals(nn.Module):
         return [
             new_boxes(second.proposal_boxes, old.proposal_boxes) for second, old in zip(found, proposals, strict=True)
         ]
+
+
+class KeptRPN:
+    """Put before the class of an RPN: what its last layers read stays until the packs have read it too."""
+
+    hidden: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+    """The first feature map, and the hidden features by level."""
+
+    def forward(self, images: Any, features: dict[str, torch.Tensor], gt_instances: Any = None) -> Any:
+        """The parent's."""
+        with inputs_of(self.rpn_head.objectness_logits) as seen:  # type: ignore[attr-defined]
+            out = super().forward(images, features, gt_instances)  # type: ignore[misc]
+        self.hidden = (features[self.in_features[0]], seen)  # type: ignore[attr-defined]
+        return out
+
+
+def hidden_of(rpn: Any, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What the last layers of an RPN read of feature maps, computed again only where it was of others just now."""
+    known: tuple[torch.Tensor, list[torch.Tensor]] | None = getattr(rpn, "hidden", None)
+    if known is not None and known[0] is maps[0]:
+        return known[1]
+    with inputs_of(rpn.rpn_head.objectness_logits) as seen:
+        rpn.rpn_head(list(maps))
+    return seen
 
 
 def new_boxes(second: Boxes, old: Boxes) -> Boxes:
