@@ -19,12 +19,10 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
-from ..config.keep import KeepSettings
-from ..data.datasets import dataset_table
 from ..data.task_datasets import settle_tasks
 from ..data.task_spec import task_specs
 from ..errors import ConfigError, DatasetError
-from .keep import KeepEvaluator
+from .keep import judged_by_name
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -70,10 +68,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"
     evaluators = judge_tasks if images_alone else build[kind]() + judge_tasks
     judge = evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
-    keep, labels = KeepSettings.from_config(cfg), dataset_table(dataset_name)
-    if keep is None or labels is None:
-        return judge
-    return KeepEvaluator(judge, keep.table, len(keep.old), labels)
+    return judged_by_name(cfg, dataset_name, judge)
 
 
 def _task_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator
 from tabulate import tabulate
 
 from ..adapt.classes import ClassTable
+from ..config.keep import KeepSettings
+from ..data.datasets import dataset_table
 
 PARTS = ("old", "new", "all")
 SURE = 0.5
@@ -84,6 +87,18 @@ class KeepEvaluator(DatasetEvaluator):
             "all": list(by_name.values()),
         }
         return {f"{kind} {part}": _mean(values) for part, values in groups.items() if values}
+
+
+def judged_by_name(cfg: CfgNode, dataset_name: str, judge: DatasetEvaluator) -> DatasetEvaluator:
+    """``judge`` itself, or behind a :class:`KeepEvaluator` where ``MODEL.HEAD_ADAPT.KEEP`` adds classes.
+
+    Args:
+        cfg: settled.
+        dataset_name: the test set.
+        judge: of the test set's own classes.
+    """
+    keep, labels = KeepSettings.from_config(cfg), dataset_table(dataset_name)
+    return judge if keep is None or labels is None else KeepEvaluator(judge, keep.table, len(keep.old), labels)
 
 
 def _mean(values: Sequence[float]) -> float:
