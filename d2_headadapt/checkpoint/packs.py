@@ -88,9 +88,17 @@ def pack_of(file: BaseFile, name: str = "") -> dict[str, Any]:
         name: one of the pack's classes; may be empty where there is one pack.
 
     Raises:
-        ClassTableError: no pack, or no such class, or several packs and no name.
+        ClassTableError: no pack, or no such class, or several packs and no name, or classes that nobody trained.
     """
     i = _number(file, name)
+    open_classes = file.known.untrained.get(pack_space(i), ())
+    if open_classes:
+        raise ClassTableError(
+            file.path,
+            expected="classes that were fitted or trained",
+            found=f"random rows for {shorten(open_classes)}",
+            fix="Type d2-headadapt extend with images of them first.",
+        )
     tensors = {BRANCH.sub(_renumbered(0), key): value.clone() for key, value in file.branches[i].items()}
     base = kept_in(file.known, file.path)
     facts = {
@@ -161,7 +169,7 @@ def added(file: BaseFile, paths: Sequence[str]) -> dict[str, Any]:
         number = len(packs)
         packs.append(PackSpec.from_plain(facts, path))
         branches.append({BRANCH.sub(_renumbered(number), key): value for key, value in tensors.items()})
-    return _content(file, old, packs, branches)
+    return _content(file, old, packs, branches, range(len(file.packs)))
 
 
 def removed(file: BaseFile, name: str) -> tuple[dict[str, Any], PackSpec]:
@@ -179,7 +187,8 @@ def removed(file: BaseFile, name: str) -> tuple[dict[str, Any], PackSpec]:
     packs = [pack for k, pack in enumerate(file.packs) if k != i]
     rest = [branch for k, branch in enumerate(file.branches) if k != i]
     branches = [{BRANCH.sub(_renumbered(k), key): v for key, v in branch.items()} for k, branch in enumerate(rest)]
-    return _content(file, stored.classes if stored else (), packs, branches), file.packs[i]
+    left = [k for k in range(len(file.packs)) if k != i]
+    return _content(file, stored.classes if stored else (), packs, branches, left), file.packs[i]
 
 
 def _renumbered(number: int) -> Any:
@@ -187,8 +196,10 @@ def _renumbered(number: int) -> Any:
 
 
 def _content(
-    file: BaseFile, old: Sequence[str], packs: Sequence[PackSpec], branches: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, Any]:
+    file: BaseFile, old: Sequence[str], packs: Sequence[PackSpec], branches: Sequence[Mapping[str, torch.Tensor]],
+    numbers: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """The new file's content; ``numbers`` are the places in the old file of the packs that were there."""
     if packs:
         KeepSettings(ClassTable(old, file.path), tuple(packs))  # Two classes of one name are refused here.
     state = {**file.base, **{name: value for branch in branches for name, value in branch.items()}}
@@ -201,5 +212,9 @@ def _content(
         facts = KeptFile(tuple(old), digests(state), tuple(packs), tuple(digests(state, i) for i in range(len(packs))))
         extra[KEEP] = facts.to_plain()
     layouts = tuple(layout for layout in file.known.layouts if branch_of(layout.tensor) is None)
-    untrained = {s: names for s, names in file.known.untrained.items() if s in tables}
+    # What nobody trained stays untrained under its new number.
+    renamed = {pack_space(old_number): pack_space(i) for i, old_number in enumerate(numbers)}
+    spaces = {s: renamed.get(s, s) for s in file.known.untrained if s in renamed or s in file.known.tables}
+    spaces = {s: new for s, new in spaces.items() if s in renamed or not s.startswith(pack_space(0)[:-1])}
+    untrained = {new: file.known.untrained[s] for s, new in spaces.items()}
     return {"model": state, KEY: Provenance(tables, layouts, (), untrained, extra).to_plain()}

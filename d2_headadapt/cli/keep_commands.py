@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..evaluation.build import build_evaluator
 from ..evaluation.keep import keep_table
 from ..files import existing_output, write_checkpoint
 from ..fit import FitSettings, fit_lines, fit_new_rows
+from ..modeling.keep import keep_of
 from ..setup.recipe import Recipe, no_training_set, read_recipe
 
 PACK_ENDINGS = (".pack",)
@@ -108,9 +110,17 @@ def check_same_detections(recipe: Recipe, model: nn.Module, images: Sequence[dic
     Raises:
         PlanRefused: names the first image and field that differ.
     """
-    if recipe.config.MODEL.HEAD_ADAPT.KEEP_DETECTIONS != "append":
-        # A new detection may hide an old one then, which is what the user asked for.
-        return 0
+    keep: Any = keep_of(model)
+    asked = keep.settings
+    # With "suppress" too: an old detection that is hidden afterwards is still the base's.
+    keep.settings = replace(asked, detections="append")
+    try:
+        return _compared(recipe, model, images)
+    finally:
+        keep.settings = asked
+
+
+def _compared(recipe: Recipe, model: nn.Module, images: Sequence[dict[str, Any]]) -> int:
     base = recipe.build_base()
     own = {name: value for name, value in model.state_dict().items() if name in base.state_dict()}
     base.load_state_dict(own)

@@ -101,6 +101,28 @@ def test_packs_commute_and_can_be_taken_out(tmp_path: Path) -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_suppress_is_compared_before_anything_is_hidden(place: KeepPlace) -> None:
+    ran = place.run(
+        "extend", "--weights", place.base, "--output", place.folder / "more.pth", "--images", 2,
+        opts=["MODEL.HEAD_ADAPT.KEEP_DETECTIONS", "suppress", "MODEL.HEAD_ADAPT.KEEP_SUPPRESS_SCORE", 0.01],
+    )  # fmt: skip
+    assert ran.code == 0 and "old detections identical on 2 images" in ran.out, ran.err
+
+
+def test_a_saved_config_is_a_config(place: KeepPlace) -> None:
+    """What a run dumps is settled, and describes the run; another dataset is not mixed in silently."""
+    assert place.run("train", opts=["MODEL.WEIGHTS", place.base]).code == 0
+    saved = place.folder / "out" / "config.yaml"
+    path = place.folder / "again.pth"
+    ran = cli("extend", "--config-file", saved, "--weights", place.base, "--output", path)
+    assert ran.code == 0 and "rhino, gnu beside 5 classes" in ran.out, ran.err
+    ran = cli(
+        "extend", "--config-file", saved, "--weights", place.base, "--output", place.folder / "no.pth",
+        "DATASETS.REGISTER", "[]", "DATASETS.TRAIN", "('coco_2017_val',)",
+    )  # fmt: skip
+    assert ran.code == 1 and "classes of the base or added ones" in ran.err
+
+
 def test_a_pack_of_another_base_says_which_base_it_wants(place: KeepPlace) -> None:
     from helpers.files import save_stock
 
