@@ -19,6 +19,7 @@ from d2_headadapt import ClassTable, HeadAdaptCheckpointer, KeepSettings, PackSp
 from d2_headadapt.checkpoint.kept import kept_in
 from d2_headadapt.checkpoint.provenance import provenance_of
 from d2_headadapt.engine.train import default_argument_parser, setup
+from d2_headadapt.fit import FitHook
 
 __all__ = ["writers_are_closed"]
 
@@ -187,6 +188,20 @@ def test_negatives_are_trained_on(place: KeepPlace) -> None:
     seen = [entry["file_name"] for _, batch in zip(range(20), trainer.data_loader, strict=False) for entry in batch]
     assert {Path(name).parent.name for name in seen} == {"train", "old_test"}
     trainer.train()
+
+
+def test_training_on_frozen_features_is_not_undone_by_solving_the_rows_again(place: KeepPlace) -> None:
+    """On the same features a second solution is the first one."""
+    opts = ["MODEL.WEIGHTS", place.base, "SOLVER.MAX_ITER", 3, "MODEL.HEAD_ADAPT.FIT.REFITS", "[2]"]
+    rows = []
+    for head in ("shared", "copy"):
+        trainer = trainer_of(place, *opts, "MODEL.HEAD_ADAPT.KEEP_HEAD", head, "OUTPUT_DIR", place.folder / head)
+        solved: list[int] = []
+        hook = next(hook for hook in trainer._hooks if isinstance(hook, FitHook))
+        hook._refit = lambda done, first, solved=solved: solved.append(done)
+        trainer.train()
+        rows.append(solved)
+    assert rows == [[], [2]]
 
 
 def test_training_moves_the_branch_alone_and_resumes(place: KeepPlace) -> None:

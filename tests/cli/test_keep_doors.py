@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.commands import cli, python
+from helpers.commands import ROOT, cli, python
 from helpers.files import save_stock
 from helpers.fit import tiny_model
 from helpers.keep import OLD, KeepPlace, differs
@@ -135,3 +135,13 @@ def test_somebodys_script_trains_the_branch_alone(tmp_path: Path) -> None:
     before.load_state_dict(torch.load(place.base)["model"])
     after.load_state_dict(torch.load(final)["model"], strict=False)
     assert differs(detections(before, batch(OLD)), detections(after, batch(OLD))) == []
+
+
+def test_two_processes_train_the_branch_alone(tmp_path: Path) -> None:
+    place = KeepPlace(tmp_path)
+    ran = python(
+        ROOT / "tools" / "train_net.py", "--config-file", place.config, "--num-gpus", 2, "--dist-url", "auto",
+        "MODEL.WEIGHTS", place.base, cwd=tmp_path,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err[-2000:]
+    assert same_base(tmp_path / "out" / "model_final.pth", place.base)
