@@ -166,8 +166,12 @@ class _PackFitter:
         if len(stream) == 0:
             nothing = PartReport(self.name, "kept", "the training set has no images")
             return FitReport((nothing,), {self.pack.space: new}, {self.pack.space: new})
-        beside = self._stream(negatives, mapper, choose_images(negatives, (), self.settings), None)
+        others = choose_images(negatives, (), self.settings)
+        beside = self._stream(negatives, mapper, others, None)
         if isinstance(self.pack, DensePack):
+            # Cells without an object have room of their own in its sample already.
+            both = [*chosen, *(len(own) + position for position in others)]
+            stream, beside = self._stream([*own, *negatives], mapper, both, None), self._stream([], mapper, [], None)
             parts = self._dense(stream)
         else:
             parts = [*self._second(stream), *self._boxes(stream, beside), *self._masks(stream)]

@@ -124,6 +124,19 @@ def test_a_saved_config_is_a_config(place: KeepPlace) -> None:
     assert ran.code == 1 and "classes of the base or added ones" in ran.err
 
 
+def test_two_test_sets_are_judged_at_once(place: KeepPlace) -> None:
+    """Old, new and all classes of each; the base alone, whose added rows are random, is refused."""
+    tests = ["DATASETS.TEST", "('d2ha_keep_old_test','d2ha_keep_both_test')"]
+    ran = place.run("train", "--eval-only", opts=["MODEL.WEIGHTS", place.extended(), *tests])
+    assert ran.code == 0, ran.err
+    table = ran.out.split("Old and new classes:")[1].splitlines()
+    rows = {line.split()[0]: line.split()[2:] for line in table if line.startswith("d2ha_keep_")}
+    assert rows["d2ha_keep_old_test"][1] == "-" and rows["d2ha_keep_old_test"][3].isdigit()
+    assert "-" not in rows["d2ha_keep_both_test"][:3] and rows["d2ha_keep_both_test"][3] == "-"
+    ran = place.run("train", "--eval-only", opts=["MODEL.WEIGHTS", place.base, *tests])
+    assert ran.code == 1 and "random rows for added_0: gnu, rhino" in ran.err
+
+
 def test_a_pack_of_another_base_says_which_base_it_wants(place: KeepPlace) -> None:
     from helpers.files import save_stock
 

@@ -10,6 +10,7 @@ import torch
 from helpers.fit import SETTINGS, scene, scenes
 from helpers.keep import KINDS, base_model, differs, extended, keep_settings
 from helpers.models import detections, state_of
+from PIL import Image
 from torch import nn
 
 from d2_headadapt import attach_keep
@@ -84,8 +85,6 @@ def test_second_proposals_say_what_the_old_ones_find() -> None:
 
 
 def test_negatives_have_room_of_their_own(tmp_path: Path) -> None:
-    from PIL import Image
-
     for i in range(3):
         Image.new("RGB", (64, 64), (10 * i, 200, 40)).save(tmp_path / f"{i}.png")
     (tmp_path / "notes.txt").write_text("no image")
@@ -98,6 +97,28 @@ def test_negatives_have_room_of_their_own(tmp_path: Path) -> None:
         negative_images(str(tmp_path / "empty"))
     with pytest.raises(DatasetError, match="found neither"):
         negative_images(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("kind", ["standard", "retinanet"])
+def test_a_photo_without_new_classes_changes_what_is_solved(kind: str, tmp_path: Path) -> None:
+    rows = []
+    for i in range(4):
+        Image.new("RGB", (64, 64), (230, 40, 40)).save(tmp_path / f"{i}.png")
+
+    def draw(entry: dict[str, Any]) -> dict[str, Any]:
+        if "file_name" not in entry:
+            return scene(entry)
+        pixels = torch.tensor([230, 40, 40], dtype=torch.uint8)[:, None, None].expand(3, 64, 64)
+        return {"image": pixels, "height": 64, "width": 64}
+
+    for where in ("", str(tmp_path)):
+        model = base_model(kind)
+        attach_keep(model, keep_settings([NEW], (*NEW, "class 2"), proposals="off", negatives=where))
+        report = fit_new_rows(model, scenes(16), draw, new={"added_0": (0, 1)}, settings=SETTINGS)
+        assert report.images == 16 + (4 if where else 0)
+        name = "keep.packs.0.cls_score.weight" if kind == "retinanet" else "predictors.0.cls_score.weight"
+        rows.append(next(value for key, value in model.state_dict().items() if key.endswith(name)))
+    assert not torch.equal(*rows)
 
 
 @pytest.mark.parametrize(("images", "negatives"), [(3, 1), (6, 5), (6, 100), (100, 7), (1, 0)])
