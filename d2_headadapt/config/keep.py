@@ -145,8 +145,9 @@ class KeepSettings:
             raise ConfigError(
                 "MODEL.HEAD_ADAPT.KEEP",
                 expected="classes that are settled before the model is built",
-                found="a config that d2_headadapt.setup has not seen",
-                fix="Build the config with d2_headadapt.setup(args), or call d2_headadapt.resolve_config(cfg).",
+                found="a config whose classes nobody settled",
+                fix="Call resolve_config(cfg) of d2_headadapt.setup.yaml first, as setup(args) of "
+                "d2_headadapt.engine.train does.",
             )
         packs = [PackSpec.from_plain(entry, "MODEL.HEAD_ADAPT.KEEP_PACKS") for entry in node.KEEP_PACKS]
         return cls(

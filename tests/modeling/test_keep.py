@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 from helpers.keep import KINDS, OLD, base_model, differs, extended, keep_settings, train_steps
-from helpers.models import batch, detections, names, state_of, training_losses
+from helpers.models import batch, detections, names, state_of, tiny_cfg, training_losses
 from torch import nn
 
 from d2_headadapt import ClassTable, KeepSettings, PackSpec, attach_keep, layouts_of
@@ -270,6 +270,22 @@ def test_what_cannot_be_extended_is_refused() -> None:
 def test_a_wrong_choice_is_named(keys: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         keep_settings(**keys)
+
+
+def test_a_config_that_nobody_settled_is_refused() -> None:
+    """And so is nothing where ``KEEP`` is empty."""
+    cfg = tiny_cfg()
+    assert KeepSettings.from_config(cfg) is None
+    cfg.MODEL.HEAD_ADAPT.KEEP = "exact"
+    with pytest.raises(ConfigError, match=r"Call resolve_config\(cfg\) of d2_headadapt.setup.yaml first"):
+        KeepSettings.from_config(cfg)
+    cfg.MODEL.HEAD_ADAPT.TARGET_CLASSES = names(OLD)
+    cfg.MODEL.HEAD_ADAPT.KEEP_PACKS = [{"classes": ["rhino"], "head": "copy"}]
+    settings = KeepSettings.from_config(cfg)
+    assert settings is not None and settings.table.names[-1] == "rhino" and settings.trained == (0,)
+    cfg.MODEL.HEAD_ADAPT.KEEP_PACKS = [["rhino"]]
+    with pytest.raises(ConfigError, match="KEEP_PACKS out: it is written by this package"):
+        KeepSettings.from_config(cfg)
 
 
 def test_a_new_class_of_an_old_name_is_refused() -> None:
