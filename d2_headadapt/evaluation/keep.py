@@ -97,7 +97,8 @@ def judged_by_name(cfg: CfgNode, dataset_name: str, judge: DatasetEvaluator) -> 
         dataset_name: the test set.
         judge: of the test set's own classes.
     """
-    keep, labels = KeepSettings.from_config(cfg), dataset_table(dataset_name)
+    keep = KeepSettings.from_config(cfg)
+    labels = None if keep is None else dataset_table(dataset_name)
     return judge if keep is None or labels is None else KeepEvaluator(judge, keep.table, len(keep.old), labels)
 
 
