@@ -125,7 +125,7 @@ def measure(cfg: CfgNode, args: argparse.Namespace, base: nn.Module, old: Sequen
     both = judged(cfg, BOTH, [*cells, *photos])["bbox"]["AP"]
     judged_old = judged(cfg, OLD, photos)
     return {
-        "images with identical old detections": f"{same} of {len(photos['found'])}",
+        "images with identical old detections": f"{same} of {len(photos)}",
         "old AP": judged_old["keep"]["bbox old"],
         "new AP": new_ap,
         "new AP, photos too": both,
