@@ -292,6 +292,12 @@ QUOTED = [
         ["d2-headadapt", "plan", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "['disc', 'rabbit']"],
     ),
     (
+        "keep",
+        "expected a name that the base does not have in another spelling",
+        ("", ""),
+        ["d2-headadapt", "extend", "--output", "x.pth", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "['Disc', 'moon']"],
+    ),
+    (
         "other_names",
         "MODEL.HEAD_ADAPT.ALIASES, 'circle=dics': expected a class of the source table ... Nearest: 'disc'",
         ("", ""),
