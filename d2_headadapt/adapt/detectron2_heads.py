@@ -52,7 +52,7 @@ def declare_agnostic(model: nn.Module, keys: Collection[str]) -> None:
     for module in model.modules():
         for name in (cls.__name__ for cls in type(module).__mro__):
             if CHOICES.get(name) in keys and not hasattr(module, "cls_agnostic"):
-                module.cls_agnostic = True
+                module.__dict__["cls_agnostic"] = True  # As an attribute, torch's annotations refuse it.
 
 
 @register_by_class_name("FastRCNNOutputLayers")

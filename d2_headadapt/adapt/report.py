@@ -139,7 +139,7 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
         names = tuple(t.name for t in tensors)
         notices.append(Notice("initialised", what, sentence(root, root=True), *_command(tensors[0], plan), names))
     return tuple(
-        replace(n, **{name: visible(getattr(n, name)) for name in ("what", "why", "type_this", "hint")})
+        replace(n, what=visible(n.what), why=visible(n.why), type_this=visible(n.type_this), hint=visible(n.hint))
         for n in notices
     )
 

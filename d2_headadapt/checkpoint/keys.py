@@ -57,9 +57,9 @@ def settle_names(
             ``align_and_update_state_dicts`` does.
     """
     # What matches by suffixes needs no help with prefixes, and is to give what stock's matching gives.
-    names = unwrapped(tensors, () if heuristics or caffe2 else model_shapes)
-    named = {names[name]: value for name, value in tensors.items()}
-    inner = {new: old for old, new in names.items() if new != old and new in model_shapes}
+    seen = unwrapped(tensors, () if heuristics or caffe2 else model_shapes)
+    named = {seen[name]: value for name, value in tensors.items()}
+    inner = {new: old for old, new in seen.items() if new != old and new in model_shapes}
     if caffe2:
         # It logs a line per head tensor that it reorders, which the plan says better.
         level = logging.getLogger("detectron2.checkpoint.c2_model_loading").level

@@ -103,9 +103,9 @@ def test_another_optimizer_is_refused_and_nothing_is_changed(
     with pytest.raises(ResumeError) as caught:
         trainer.resume_or_load(resume=True)
     assert str(caught.value) == (
-        f"optimizer state of {tmp_path / 'out' / 'model_final.pth'}: expected that of {words}. Go on with the optimizer "
-        "that the run was trained with, or start a new run from this file: without --resume, with it as MODEL.WEIGHTS and another "
-        "OUTPUT_DIR."
+        f"optimizer state of {tmp_path / 'out' / 'model_final.pth'}: expected that of {words}. Go on with the "
+        "optimizer that the run was trained with, or start a new run from this file: without --resume, with it as "
+        "MODEL.WEIGHTS and another OUTPUT_DIR."
     )
     now = state_of(trainer.checkpointer.model)
     assert all(torch.equal(now[name], kept[name]) for name in kept)
