@@ -17,7 +17,7 @@ QUIET = -W ignore::FutureWarning
 PYTEST = python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-main detectron2-tests check format demo demo-real bench soak docker-steps clean
+.PHONY: help env test test-main detectron2-tests check format demo demo-real bench soak docker clean
 
 help:
 	@echo 'make env        make the environment in $(VENV) (the other commands do it too)'
@@ -30,7 +30,7 @@ help:
 	@echo 'make format     let ruff rewrite the files'
 	@echo 'make bench      measure speed'
 	@echo 'make soak       long random runs'
-	@echo 'make docker-steps  execute the Dockerfile in a clean Debian, without an engine (as root; 13 GB of disk)'
+	@echo 'make docker     build the image of docker/Dockerfile and check it (docker, podman, or buildah as root; 25 GB of disk)'
 	@echo 'make clean      delete caches and output/ (the environment stays)'
 	@echo 'PYTHON=...      the interpreter to build the environment on; with DETECTRON2=git detectron2 is built from source'
 
@@ -75,9 +75,9 @@ bench: env
 soak: env
 	$(BIN)/python tools/soak.py $(ARGS)
 
-# Needs no environment: any Python, and its own library.
-docker-steps:
-	$(PYTHON) tools/docker_steps $(ARGS)
+# Needs no environment.
+docker:
+	bash docker/build.sh $(ARGS)
 
 clean:
 	rm -rf output .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -313,6 +313,22 @@ def hostile_files(canary: str) -> dict[str, tuple[str, bytes]]:
         "tuple nested 300,000 deep as a key": ("a.pkl", b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."),
         "tuple nested 300,000 deep in a set": ("a.pkl", b"\x80\x04\x8f()" + b"\x85" * 300_000 + b"\x90."),
         "copies of copies": ("a.pkl", _copies()),
+        "list nested 200,000 deep": ("a.pkl", b"\x80\x02}X\x01\x00\x00\x00a" + _nest(b"]", b"a") + b"s."),
+        "dict nested 200,000 deep": ("a.pkl", b"\x80\x02}X\x01\x00\x00\x00a" + _nest(b"}K\x01", b"s") + b"s."),
+        "tuple nested 200,000 deep": ("a.pkl", b"\x80\x02}X\x01\x00\x00\x00a)" + b"\x85" * 200_000 + b"s."),
+        "an integer of 24,000 digits as a key": ("a.pkl", b"\x80\x02}" + _integer(10_000) + b"K\x01s."),
+        "torch zip, an integer of 24,000 digits as a key": (
+            "a.pth",
+            repacked(whole, _beside_model(b"}" + _integer(10_000) + b"K\x01s")),
+        ),
+        "torch legacy, storages named by a nest": ("a.pth", _legacy_keys(_nest(b"]", b"a"))),
+        "torch legacy, storages named by numbers": ("a.pth", _legacy_keys(b"]K\x01a")),
+        "torch zip, list nested 200,000 deep": ("a.pth", repacked(whole, _beside_model(_nest(b"]", b"a")))),
+        "torch zip, tuple nested 200,000 deep": ("a.pth", repacked(whole, _beside_model(b")" + b"\x85" * 200_000))),
+        "torch zip, tuple nested 300,000 deep as a key": (
+            "a.pth",
+            repacked(whole, _beside_model(b"})" + b"\x85" * 300_000 + b"K\x01s")),
+        ),
         "list inside itself": ("a.pkl", b"\x80\x02}X\x05\x00\x00\x00modelq\x00]q\x01h\x01as."),
         "array larger than its bytes": ("a.pkl", _array((10**9, 10**3), b"1234")),
         "array of a negative size": ("a.pkl", _array((-1,), b"1234")),
@@ -336,6 +352,28 @@ def _copies() -> bytes:
     text = b"X" + struct.pack("<I", 2**22) + b"a" * 2**22 + b"q\x00"
     once = b"h\x01h\x00X\x06\x00\x00\x00latin1\x86R"
     return b"\x80\x02c_codecs\nencode\nq\x01" + text + once * 10_000 + b"."
+
+
+def _nest(begin: bytes, end: bytes, depth: int = 200_000) -> bytes:
+    """A container that holds a container, and so on; ``begin`` makes one and ``end`` puts the last into it."""
+    return begin * depth + begin[:1] + end * depth
+
+
+def _integer(size: int) -> bytes:
+    return b"\x8b" + struct.pack("<i", size) + b"\x01" * size
+
+
+def _legacy_keys(keys: bytes) -> bytes:
+    """A torch file of the format before zip whose list of storages is another one."""
+    whole = saved({"model": {"a": torch.ones(2)}}, legacy=True)
+    at = whole.rindex(b"\x80\x02]")
+    return whole[:at] + b"\x80\x02" + keys + b"." + whole[at:]
+
+
+def _beside_model(value: bytes) -> bytes:
+    """The pickle of ``{"model": {"a": 1.0}, "optimizer": value}``."""
+    model = b"X\x05\x00\x00\x00model}X\x01\x00\x00\x00aG?\xf0\x00\x00\x00\x00\x00\x00s"
+    return b"\x80\x02}(" + model + b"X\x09\x00\x00\x00optimizer" + value + b"u."
 
 
 def _array(shape: tuple[int, ...], raw: bytes) -> bytes:

@@ -103,9 +103,11 @@ def kill_while_saving(folder: Path, kills: int, seed: int, save: Saver) -> dict[
         os.read(started, 1)
         os.close(started)
         time.sleep(rng.uniform(0, 0.08))
+        os.kill(child, signal.SIGSTOP)
+        os.waitpid(child, os.WUNTRACED)
+        struck += any(folder.glob(".*.tmp")) or writes_unnamed(child, folder)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        struck += any(folder.glob(".*.tmp"))
         found = newest(folder)
         if found < last:
             raise ValueError(f"iteration {last} was saved, and a resumed run finds {found}")
@@ -118,6 +120,13 @@ def kill_while_saving(folder: Path, kills: int, seed: int, save: Saver) -> dict[
     if left:
         raise ValueError(f"the next save left {', '.join(left)}")
     return {"kills": kills, "while_writing": struck, "saves": last - first}
+
+
+def writes_unnamed(process: int, folder: Path) -> bool:
+    """Whether a stopped process has a file of ``folder`` open that has no name."""
+    opened = Path(f"/proc/{process}/fd")
+    links = [os.readlink(link) for link in opened.iterdir()] if opened.is_dir() else []
+    return any(link.startswith(f"{folder.resolve()}/#") for link in links)
 
 
 def _start(folder: Path, iteration: int, save: Saver) -> tuple[int, int]:

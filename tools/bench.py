@@ -199,17 +199,15 @@ def load_ours_unverified(file: str) -> dict[str, float]:
     from dataclasses import replace
 
     from d2_headadapt import HeadAdaptCheckpointer
-    from d2_headadapt.config.settings import settings_of
 
     model = model_for(file, ours=True)
-    return load(HeadAdaptCheckpointer(model, settings=replace(settings_of(model), verify_file=False)), file)
+    settings = replace(HeadAdaptCheckpointer(model).settings, verify_file=False)
+    return load(HeadAdaptCheckpointer(model, settings=settings), file)
 
 
 def plan(file: str) -> dict[str, float]:
     """Planning without loading: seconds after imports, model built on the meta device included, and bytes touched."""
-    from d2_headadapt.checkpoint.load import plan_file
-    from d2_headadapt.config.settings import AdaptSettings
-    from d2_headadapt.setup.build import build_on_meta
+    from d2_headadapt import AdaptSettings, build_on_meta, plan_file
 
     cfg = config("1 GB")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(TARGET)
@@ -219,8 +217,7 @@ def plan(file: str) -> dict[str, float]:
     before = _read_bytes()
     start = time.perf_counter()
     settings = AdaptSettings.from_config(cfg)
-    import d2_headadapt.checkpoint.load as room
-
+    room: Any = sys.modules[plan_file.__module__]
     right = room.read_checkpoint
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -255,8 +252,7 @@ def _mapped_bytes(path: str) -> int:
 
 def names(_: str) -> dict[str, float]:
     """20,000 classes mapped onto 20,000 others by name, half of them spelled otherwise."""
-    from d2_headadapt.adapt.classes import ClassTable
-    from d2_headadapt.adapt.planner import match_tables
+    from d2_headadapt import ClassTable, match_tables
 
     source = ClassTable([f"some class {i}" for i in range(20_000)])
     target = ClassTable([f"Some-Class_{i}" if i % 2 else f"some class {i}" for i in reversed(range(10_000, 30_000))])

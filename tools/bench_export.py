@@ -34,12 +34,9 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from tqdm import tqdm
 
-from d2_headadapt import ClassTable, HeadAdaptCheckpointer, vocabulary
+from d2_headadapt import ClassTable, HeadAdaptCheckpointer, load_config, vocabulary
 from d2_headadapt.errors import ExportError
-from d2_headadapt.export import ENDINGS, ExportedModel, export_model
-from d2_headadapt.export.entry import drawn_images
-from d2_headadapt.export.flat import FlatModel
-from d2_headadapt.setup.yaml import load_config
+from d2_headadapt.export import ENDINGS, ExportedModel, FlatModel, drawn_images, export_model
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "export_bench.json"

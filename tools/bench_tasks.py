@@ -32,8 +32,7 @@ from detectron2.utils.events import EventStorage
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from d2_headadapt import HeadAdaptCheckpointer
-from d2_headadapt.setup.yaml import load_config
+from d2_headadapt import HeadAdaptCheckpointer, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = ROOT / "docs" / "tasks_bench.json"

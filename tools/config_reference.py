@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from d2_headadapt.config import keys as config
-from d2_headadapt.data.entry import DatasetEntry
-from d2_headadapt.data.task_spec import DEFAULTS
+from d2_headadapt import add_headadapt_config
+from d2_headadapt.data import TASK_DEFAULTS, DatasetEntry
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = DOCS / "config.md"
@@ -150,8 +149,8 @@ def task_rows(guide: str) -> list[tuple[str, str, str]]:
     found = re.findall(r"^\| `(\w+)` \| ?([^|]*?) ?\| (.+) \|$", guide, re.MULTILINE)
     # What None stands for is in the guide's column of defaults.
     meanings = {key: f"{text}; left out: {default}" if default[:1].isalpha() else text for key, default, text in found}
-    _need(DEFAULTS, meanings, "docs/tasks.md")
-    return [(_code(key), _code(repr(value)), meanings[key]) for key, value in DEFAULTS.items()]
+    _need(TASK_DEFAULTS, meanings, "docs/tasks.md")
+    return [(_code(key), _code(repr(value)), meanings[key]) for key, value in TASK_DEFAULTS.items()]
 
 
 def entry_rows() -> list[tuple[str, str, str]]:
@@ -186,7 +185,7 @@ def _table(rows: Iterable[tuple[str, str, str]]) -> str:
 
 def page() -> str:
     """The whole of docs/config.md."""
-    keys = render(read_keys(inspect.getsource(config)))
+    keys = render(read_keys(inspect.getsource(sys.modules[add_headadapt_config.__module__])))
     guide = (DOCS / "tasks.md").read_text(encoding="utf-8")
     return "\n".join([INTRO, keys, TASKS, _table(task_rows(guide)), ENTRIES, _table(entry_rows())])
 

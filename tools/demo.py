@@ -42,8 +42,7 @@ from demo_arms import (
 )
 from demo_digits import BASE_CLASSES, SPLITS, TARGET_CLASSES, Split, draw_datasets
 
-from d2_headadapt.adapt.report import plan_table
-from d2_headadapt.engine.train import Trainer
+from d2_headadapt import Trainer, plan_table
 from d2_headadapt.fit import FitHook
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,12 +34,9 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from tqdm import tqdm
 
-from d2_headadapt.adapt.plan import AdaptPlan
-from d2_headadapt.checkpoint.load import plan_file
-from d2_headadapt.engine.train import Trainer, build_evaluator, default_argument_parser, setup
-from d2_headadapt.errors import HeadAdaptError, UsageError
-from d2_headadapt.setup.build import build_on_meta
-from d2_headadapt.setup.yaml import load_config, resolve_config
+from d2_headadapt import AdaptPlan, HeadAdaptError, Trainer, build_on_meta, load_config, plan_file, resolve_config
+from d2_headadapt.engine import build_evaluator, default_argument_parser, setup
+from d2_headadapt.errors import UsageError
 
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "cv2": "opencv-python-headless"}
 GROUPS = ("all classes", "carried classes", "new classes")
@@ -154,7 +151,7 @@ def plan_of(argv: Sequence[str], log: TextIO) -> AdaptPlan:
 
 
 def load_arm(arm: Arm, argv: Sequence[str], output: Path, log: TextIO) -> Any:
-    """Build an arm's trainer and load its weights, as ``d2_headadapt.engine.train.main`` does.
+    """Build an arm's trainer and load its weights, as ``d2_headadapt.engine.main`` does.
 
     Args:
         arm: which.

@@ -43,10 +43,8 @@ from demo_arms import (
 )
 from tqdm import tqdm
 
-from d2_headadapt.adapt.report import plan_table
-from d2_headadapt.adapt.vocabularies import vocabulary
+from d2_headadapt import plan_table, read_checkpoint, vocabulary
 from d2_headadapt.errors import UsageError
-from d2_headadapt.files import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("output/demo-real")

@@ -37,9 +37,9 @@ from demo_digits import SPLITS, Split, draw_datasets
 from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
-from d2_headadapt.data.task_spec import task_specs
-from d2_headadapt.engine.train import Trainer, default_argument_parser, setup
-from d2_headadapt.evaluation.drawing import draw_tasks
+from d2_headadapt import Trainer, draw_tasks
+from d2_headadapt.data import task_specs
+from d2_headadapt.engine import default_argument_parser, setup
 
 OUTPUT = Path("output/demo_tasks")
 CONFIG = "configs/demo_tasks.yaml"

@@ -163,8 +163,12 @@ _used = {"heads": 0, "checkpointers": 0}
 
 
 def pytest_configure() -> None:
-    from d2_headadapt.checkpoint.checkpointer import HeadAdaptCheckpointer
-    from d2_headadapt.modeling.roi_heads import HeadAdaptCascadeROIHeads, HeadAdaptRes5ROIHeads, HeadAdaptROIHeads
+    from d2_headadapt import (
+        HeadAdaptCascadeROIHeads,
+        HeadAdaptCheckpointer,
+        HeadAdaptRes5ROIHeads,
+        HeadAdaptROIHeads,
+    )
 
     def counted(what: str, init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)

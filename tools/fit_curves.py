@@ -92,8 +92,7 @@ def run_arm(args: argparse.Namespace) -> None:
     from detectron2.evaluation import COCOEvaluator
     from detectron2.utils.env import seed_all_rng
 
-    from d2_headadapt.engine.train import Trainer
-    from d2_headadapt.setup.yaml import load_config, resolve_config
+    from d2_headadapt import Trainer, load_config, resolve_config
 
     arm, seed = args.worker, args.seeds[0]
     torch.set_num_threads(args.threads)

@@ -3,8 +3,7 @@
 
 import sys
 
-from d2_headadapt.engine.launch import command, default_argument_parser
-from d2_headadapt.engine.train_lazy import main
+from d2_headadapt.engine import command, default_argument_parser, lazy_main
 
 if __name__ == "__main__":
-    sys.exit(command(main, default_argument_parser().parse_args()))
+    sys.exit(command(lazy_main, default_argument_parser().parse_args()))

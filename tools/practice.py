@@ -30,7 +30,8 @@ import numpy as np
 from detectron2.engine import default_argument_parser
 from PIL import Image, ImageDraw
 
-from d2_headadapt.engine.train import Trainer, setup
+from d2_headadapt import Trainer
+from d2_headadapt.engine import setup
 
 OLD = ("square", "disc", "triangle", "cross", "ring")
 NEW = ("disc", "star", "triangle")

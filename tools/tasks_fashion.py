@@ -32,10 +32,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from sklearn.metrics import accuracy_score, f1_score
 
-from d2_headadapt.data.datasets import task_facts
-from d2_headadapt.data.task_mapper import TaskMapper, build_task_test_loader, build_task_train_loader
-from d2_headadapt.errors import HeadAdaptError, UsageError
-from d2_headadapt.setup.yaml import load_config, resolve_config
+from d2_headadapt import HeadAdaptError, load_config, resolve_config
+from d2_headadapt.data import TaskMapper, build_task_test_loader, build_task_train_loader, task_facts
+from d2_headadapt.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "fashion.yaml"

@@ -32,15 +32,19 @@ from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from d2_headadapt import ClassTable
-from d2_headadapt.adapt.vocabularies import vocabulary
-from d2_headadapt.checkpoint.checkpointer import HeadAdaptCheckpointer
-from d2_headadapt.engine.train import Trainer
-from d2_headadapt.errors import HeadAdaptError, UsageError
+from d2_headadapt import (
+    ClassTable,
+    HeadAdaptCheckpointer,
+    HeadAdaptError,
+    Trainer,
+    load_config,
+    plan_nearest,
+    read_bundle,
+    resolve_config,
+    vocabulary,
+)
+from d2_headadapt.errors import UsageError
 from d2_headadapt.fit import FitSettings, fit_new_rows, mapper_at_test_size, training_dicts
-from d2_headadapt.modeling.text.bundle import read_bundle
-from d2_headadapt.modeling.text.nearest import plan_nearest
-from d2_headadapt.setup.yaml import load_config, resolve_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "real_coco128.yaml"

@@ -3,7 +3,7 @@
 
 import sys
 
-from d2_headadapt.engine.train import command, default_argument_parser, main
+from d2_headadapt.engine import command, default_argument_parser, main
 
 if __name__ == "__main__":
     sys.exit(command(main, default_argument_parser().parse_args()))

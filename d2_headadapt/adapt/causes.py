@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from ..errors import visible
+from ..key import Key
 
 Shape = tuple[int, ...]
 
@@ -221,7 +222,8 @@ def sentence(why: Why, *, root: bool = False) -> str:
     """
     values = {field.name: getattr(why, field.name) for field in fields(why)}
     holds = f"{why.count} classes" if why.count else "no whole number of classes"
-    words = SENTENCES[why.cause].format(**{**values, "names": ", ".join(why.names), "holds": holds})
+    key = str(Key(why.key)) if why.key else ""
+    words = SENTENCES[why.cause].format(**{**values, "key": key, "names": ", ".join(why.names), "holds": holds})
     if not root and why.cause in UNVERIFIED:
         words = f"unverified: {words}"
     elif not root and why.blame and why.cause is not Cause.GROUP_REFUSED:

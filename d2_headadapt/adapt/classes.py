@@ -106,7 +106,7 @@ class ClassTable:
         return {key: owners[0] for key, owners in found.items() if key and len(owners) == 1}
 
     def find(self, name: str) -> int | None:
-        """The index of ``name``, spelled exactly or, if one class alone has it, up to normalisation; else ``None``."""
+        """Find the index of ``name``: exactly, else up to normalisation where that is one class; else ``None``."""
         i = self.index.get(name)
         return self.normalised_index.get(normalise(name)) if i is None else i
 

@@ -11,8 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from ..key import MODEL, Key
 from .layouts import HeadLayout
 from .registry import ModuleContext, register_by_class_name
+
+# For the package's face: whoever asks for layouts has those of detectron2 entered.
+from .registry import layouts_of as layouts_of
+from .registry import register_head_layout as register_head_layout
 
 ROI_HEADS = ("ROIHeads", "StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads")
 SEMANTIC_HEADS = ("PointRendSemSegHead", "SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
@@ -34,15 +39,15 @@ def _agnostic(module: nn.Module, rows: int, rows_per_class: int, num_classes: in
     return rows != num_classes * rows_per_class or (num_classes == 1 and bool(getattr(module, "cls_agnostic", False)))
 
 
-CHOICES = {
-    "FastRCNNOutputLayers": "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
-    "MaskRCNNConvUpsampleHead": "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK",
-    "StandardPointHead": "MODEL.POINT_HEAD.CLS_AGNOSTIC_MASK",
+CHOICES: dict[str, Key] = {
+    "FastRCNNOutputLayers": MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG,
+    "MaskRCNNConvUpsampleHead": MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK,
+    "StandardPointHead": MODEL.POINT_HEAD.CLS_AGNOSTIC_MASK,
 }
 """Module class of detectron2 -> the config key that makes it class-agnostic; stock modules do not remember it."""
 
 
-def declare_agnostic(model: nn.Module, keys: Collection[str]) -> None:
+def declare_agnostic(model: nn.Module, keys: Collection[Key]) -> None:
     """Leave on each module of :data:`CHOICES` whether its config key was set, where its constructor left nothing.
 
     Args:
@@ -52,7 +57,7 @@ def declare_agnostic(model: nn.Module, keys: Collection[str]) -> None:
     for module in model.modules():
         for name in (cls.__name__ for cls in type(module).__mro__):
             if CHOICES.get(name) in keys and not hasattr(module, "cls_agnostic"):
-                module.__dict__["cls_agnostic"] = True  # As an attribute, torch's annotations refuse it.
+                module.cls_agnostic = True  # type: ignore[assignment]
 
 
 @register_by_class_name("FastRCNNOutputLayers")

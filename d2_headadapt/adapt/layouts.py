@@ -96,13 +96,13 @@ class HeadLayout:
         ]
 
     def size(self, axis: int, num_classes: int) -> int:
-        """Length of a class axis for K classes."""
+        """Compute the length of a class ``axis`` for ``num_classes`` classes."""
         return self.extra + sum(
             offset + self.groups * num_classes * per_class for offset, per_class in self._blocks(axis)
         )
 
     def num_classes(self, shape: Sequence[int]) -> int | None:
-        """K of a tensor of this layout and ``shape``; ``None`` where no whole K fits every class axis."""
+        """Compute K of a tensor of this layout and ``shape``; ``None`` where no whole K fits every class axis."""
         found: set[int] = set()
         for axis in self.class_axes:
             if axis >= len(shape):
@@ -114,11 +114,16 @@ class HeadLayout:
         return found.pop() if len(found) == 1 else None
 
     def fits(self, shape: Sequence[int], num_classes: int) -> bool:
-        """Whether every class axis of ``shape`` has the length that K classes need."""
+        """Tell whether every class axis of ``shape`` has the length that ``num_classes`` classes need."""
         return all(axis < len(shape) and shape[axis] == self.size(axis, num_classes) for axis in self.class_axes)
 
     def rows(self, classes: Sequence[int], num_classes: int, axis: int | None = None) -> torch.Tensor:
-        """Positions on a class axis (the first one by default) that belong to ``classes``.
+        """List the positions on a class axis that belong to ``classes``.
+
+        Args:
+            classes: class indices, from 0 to ``num_classes`` - 1.
+            num_classes: K of the tensor.
+            axis: of the tensor; the first class axis by default.
 
         Returns:
             int64 tensor of positions in the order block, group, class, row; so the same call with another list of as
@@ -135,14 +140,19 @@ class HeadLayout:
         return torch.cat(parts)
 
     def fixed_rows(self, num_classes: int, axis: int | None = None) -> torch.Tensor:
-        """Positions on a class axis that belong to no class: rows before the blocks, and the extra rows after them."""
+        """List the positions on a class axis that belong to no class: rows before the blocks, and extra rows.
+
+        Args:
+            num_classes: K of the tensor.
+            axis: of the tensor; the first class axis by default.
+        """
         axis = self.class_axes[0] if axis is None else axis
         every = torch.ones(self.size(axis, num_classes), dtype=torch.bool)
         every[self.rows(range(num_classes), num_classes, axis)] = False
         return every.nonzero().reshape(-1)
 
     def same_kind(self, other: HeadLayout) -> bool:
-        """Whether a class's rows mean the same in both layouts, whatever the number of classes."""
+        """Tell whether a class's rows mean the same in the ``other`` layout, whatever the number of classes."""
         return (
             self.axes == other.axes
             and self.rows_per_class == other.rows_per_class
@@ -151,7 +161,7 @@ class HeadLayout:
         )
 
     def describe(self) -> str:
-        """The kind of this layout in words, for reasons and errors."""
+        """Put the kind of this layout into words, for reasons and errors."""
         if self.agnostic:
             return "class-agnostic"
         words = [f"{self.rows_per_class} row{'s' if self.rows_per_class > 1 else ''} per class"]
@@ -162,7 +172,7 @@ class HeadLayout:
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
-        """The plain form that plans and checkpoints store."""
+        """Write the plain form that plans and checkpoints store."""
         return {
             "tensor": self.tensor,
             "space": self.space,
@@ -179,7 +189,14 @@ class HeadLayout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadLayout:
-        """Read :meth:`to_json`'s form; keys that this version does not know are ignored."""
+        """Read a layout back.
+
+        Args:
+            data: what :meth:`to_json` wrote; keys that this version does not know are ignored.
+
+        Raises:
+            LayoutError: ``data`` is no layout.
+        """
         try:
             return cls(
                 tensor=str(data["tensor"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import ClassTableError
+from ..key import HEAD_ADAPT
 from .classes import ClassMap, ClassTable, did_you_mean, normalise, shorten
 
 Synonyms = Mapping[str, Sequence[str]]
@@ -50,18 +51,18 @@ def match_classes(
     if match == "position":
         if aliases:
             raise ClassTableError(
-                "MODEL.HEAD_ADAPT.ALIASES",
+                HEAD_ADAPT.ALIASES,
                 expected="no aliases, because MATCH is 'position'",
                 found=shorten(list(aliases)),
-                fix="Set MODEL.HEAD_ADAPT.MATCH name, or remove the aliases.",
+                fix=f"Set {HEAD_ADAPT.MATCH.set('name')}, or remove the aliases.",
             )
         return ClassMap(source, target, tuple(t if t < len(source) else None for t in range(len(target))))
     if match != "name":
         raise ClassTableError(
-            "MODEL.HEAD_ADAPT.MATCH",
+            HEAD_ADAPT.MATCH,
             expected="'name' or 'position'",
             found=repr(match),
-            fix="Set MODEL.HEAD_ADAPT.MATCH name.",
+            fix=f"Set {HEAD_ADAPT.MATCH.set('name')}.",
         )
     own = parse_aliases(aliases, target, source)
     partners = _partners(reviewed)
@@ -88,7 +89,7 @@ def parse_aliases(aliases: Sequence[str], target: ClassTable, source: ClassTable
     """``"target=source"`` strings as class indices, checked against both tables."""
     found: dict[int, int] = {}
     for alias in aliases:
-        where = f"MODEL.HEAD_ADAPT.ALIASES, {alias!r}"
+        where = f"{HEAD_ADAPT.ALIASES}, {alias!r}"
         sides = alias_sides(alias)
         fitting = [(a, b) for a, b in sides if target.find(a) is not None and source.find(b) is not None]
         if not sides or len(fitting) > 1:
@@ -157,7 +158,7 @@ def _by_synonym(name: str, target: ClassTable, source: ClassTable, owners: Mappi
             f"class {name!r} of {target.origin}",
             expected="one class with that synonym",
             found=f"it is a synonym of {' and of '.join(repr(n) for n in names)} in {source.origin}",
-            fix=f"Choose: MODEL.HEAD_ADAPT.ALIASES \"['{name}={names[0]}']\".",
+            fix=f"Choose: {HEAD_ADAPT.ALIASES.set([f'{name}={names[0]}'])}.",
         )
     return holders[0] if holders else None
 
@@ -170,6 +171,6 @@ def _by_other_names(name: str, target: ClassTable, source: ClassTable, others: I
             f"class {name!r} of {target.origin}",
             expected="one source class with another name of it",
             found=f"{' and '.join(repr(n) for n in names)} in {source.origin}",
-            fix=f"Choose: MODEL.HEAD_ADAPT.ALIASES \"['{name}={names[0]}']\".",
+            fix=f"Choose: {HEAD_ADAPT.ALIASES.set([f'{name}={names[0]}'])}.",
         )
     return found[0] if found else None

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..errors import PlanRefused
+from ..key import HEAD_ADAPT
 from .causes import Cause, Shape, Why, sentence
 from .classes import ClassMap, ClassTable
 from .layouts import HeadLayout
@@ -80,7 +81,7 @@ class TensorPlan:
         return sentence(self.why)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types; ``cause`` and ``facts`` are for programs, ``reason`` is for people."""
+        """Write plain types; ``cause`` and ``facts`` are for programs, ``reason`` is for people."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "why"}
         for name in ("source_shape", "target_shape"):
             data[name] = None if data[name] is None else list(data[name])
@@ -90,7 +91,7 @@ class TensorPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorPlan:
-        """Read :meth:`to_json`'s form; of one without a cause, or with one of a later version, the reason is kept."""
+        """Read back ``data`` of :meth:`to_json`; with no cause, or one of a later version, the reason is kept."""
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name != "why"}
         known["why"] = Why.from_facts(data.get("cause"), data.get("facts", {}), str(data.get("reason", "")))
         for name in ("source_shape", "target_shape"):
@@ -148,23 +149,25 @@ class AdaptPlan:
         return {layout.tensor: layout for layout in self.layouts}
 
     def tensor(self, name: str) -> TensorPlan | None:
-        """What happens to a tensor; ``None`` where neither file nor model has it."""
+        """Look up what happens to the tensor ``name``; ``None`` where neither file nor model has it."""
         return self._tensors.get(name)
 
     def layout(self, tensor: str) -> HeadLayout | None:
-        """Where a tensor's classes are; ``None`` where no layout names it."""
+        """Look up where the classes of ``tensor`` are; ``None`` where no layout names it."""
         return self._layouts.get(tensor)
 
     def space_of(self, tensor: str) -> str:
-        """The label space of a tensor's classes; empty where it has none."""
+        """Look up the label space of a tensor's classes; empty where it has none."""
         found = self.tensor(tensor)
         return found.space or "" if found is not None else ""
 
     def by_action(self, *actions: str) -> tuple[TensorPlan, ...]:
+        """Pick the tensors that one of ``actions`` happens to, in the plan's order."""
         return tuple(t for t in self.tensors if t.action in actions)
 
     @property
     def refused(self) -> tuple[TensorPlan, ...]:
+        """The tensors whose shapes contradict the class tables; a plan with one is not applied."""
         return self.by_action("refused")
 
     @property
@@ -173,11 +176,11 @@ class AdaptPlan:
         return not self.by_action("copied", "carried")
 
     def class_map(self, space: str) -> ClassMap | None:
-        """The map of one label space; ``None`` where its classes were not matched."""
+        """Look up the map of one label space; ``None`` where its classes were not matched."""
         return self.maps.get(space)
 
     def changed(self) -> tuple[TensorPlan, ...]:
-        """Tensors of the file that reach the model otherwise than whole, though both sides mean the same tensor."""
+        """Pick the tensors of the file that reach the model otherwise than whole, though it is the same tensor."""
         return tuple(
             t
             for t in self.by_action("carried", "initialised", "kept")
@@ -191,7 +194,7 @@ class AdaptPlan:
         return t.cause is Cause.REBUILT or (t.cause is Cause.GIVEN_BY_TEXT and same_classes)
 
     def new_classes(self) -> dict[str, tuple[str, ...]]:
-        """Names of the classes, by space, of which some row stays as the model was constructed."""
+        """Name the classes, by space, of which some row stays as the model was constructed."""
         found: dict[str, set[int]] = {}
         for t in self.tensors:
             if t.space is not None and t.action in ("carried", "initialised") and t.new:
@@ -220,7 +223,7 @@ class AdaptPlan:
         return sum(map(_has_place, in_file)) / len(in_file) if in_file else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Counts by action, by head group, and of classes by label space."""
+        """Count tensors by action and by head group, and classes by label space."""
         groups: dict[str, Counter[str]] = {}
         classes: dict[str, dict[str, int]] = {}
         for t in self.tensors:
@@ -244,7 +247,7 @@ class AdaptPlan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The stable form: plain types only, class numbers as indices."""
+        """Write the stable form: plain types only, class numbers as indices."""
         return {
             "version": PLAN_VERSION,
             "source": {space: list(table.names) for space, table in self.source.items()},
@@ -262,7 +265,10 @@ class AdaptPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> AdaptPlan:
-        """Read :meth:`to_json`'s form, or its text.
+        """Read a plan back.
+
+        Args:
+            data: what :meth:`to_json` wrote, or its text.
 
         Raises:
             PlanRefused: not a plan, or of a higher version.
@@ -289,7 +295,7 @@ class AdaptPlan:
                     {space: _checked_map(source[space], target[space], tuple(of)) for space, of in rows.items()},
                     tuple(map(str, loaded.get("assumed", ()))),
                 )
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as exc:
             raise PlanRefused(
                 "plan",
                 expected="the JSON that `d2-headadapt plan --json` writes",
@@ -311,20 +317,26 @@ class AdaptPlan:
             A new dict with every name of ``model``. Whole tensors are shared with an input, not copied.
 
         Raises:
-            PlanRefused: the plan refuses a tensor, or a value that it takes is NaN or infinite.
+            PlanRefused: the plan refuses a tensor, or a value that it takes has another kind of number than the
+                model's, or is NaN or infinite once it is the model's.
         """
         self.raise_if_refused()
         out = dict(model)
         for t in self.by_action("copied", "carried"):
             layout = self.layout(t.name)
-            check_finite(t, source[t.name], layout, self)
+            value = converted(t.name, source[t.name], model[t.name].dtype)
+            check_finite(t, value, layout, self)
             out[t.name] = source[t.name]
             if t.action == "carried" and layout is not None:
-                out[t.name] = move_rows(source[t.name], model[t.name], layout, self.maps[layout.space])
+                out[t.name] = move_rows(value, model[t.name], layout, self.maps[layout.space])
         return out
 
     def raise_if_refused(self) -> None:
-        """Raise for the first refused tensor."""
+        """Raise where the plan refuses a tensor.
+
+        Raises:
+            PlanRefused: names the first one.
+        """
         for t in self.refused:
             raise PlanRefused(t.name, expected="one meaning", found=t.reason, fix="Nothing was loaded.")
 
@@ -353,11 +365,36 @@ def _has_place(t: TensorPlan) -> bool:
     return t.source_shape is not None and t.action in ("copied", "carried", "initialised", "refused")
 
 
+def converted(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``value`` as ``dtype``, the model's; raise where that would make other numbers of it, but for rounding."""
+    if value.dtype == dtype or value.device.type == "meta":
+        return value
+    fix = f"Convert it in the file, or leave it out: {HEAD_ADAPT.EXCLUDE.set([name])}. Nothing was loaded."
+    if _number_kind(value.dtype) != _number_kind(dtype):
+        expected, found = f"{_number_kind(dtype)} numbers, as the model's ({dtype})", str(value.dtype)
+        raise PlanRefused(name, expected=expected, found=found, fix=fix)
+    out = value.to(dtype)
+    # An 8-bit float has no infinity that would show a number too large for it, and an integer none at all.
+    exact = not dtype.is_floating_point and not dtype.is_complex
+    if exact and not torch.equal(out.to(value.dtype), value):
+        raise PlanRefused(name, expected=f"numbers that {dtype} holds", found=f"others, as {value.dtype}", fix=fix)
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        raise PlanRefused(name, expected=f"{dtype}, as the model's", found=str(value.dtype), fix=fix)
+    return out
+
+
+def _number_kind(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "floating point" if dtype.is_floating_point else "whole"
+
+
 def check_finite(t: TensorPlan, value: torch.Tensor, layout: HeadLayout | None, plan: AdaptPlan) -> None:
     """Raise where a value that the plan takes is NaN or infinite, naming the classes it belongs to."""
+    if not (value.is_floating_point() or value.is_complex()) or value.device.type == "meta":
+        return
+    parts = torch.view_as_real(value) if value.is_complex() else value
     # A sum meets every NaN and infinity in one pass and no extra memory; it may also overflow by itself, hence the
-    # second look.
-    if not value.is_floating_point() or value.device.type == "meta" or bool(torch.isfinite(value.sum())):
+    # second look. torch cannot add numbers of 8 bits.
+    if bool(torch.isfinite((parts.float() if parts.element_size() == 1 else parts).sum())):
         return
     broken = ~torch.isfinite(value)
     names: list[str] = []
@@ -388,6 +425,19 @@ def carried_or_copied(space_map: ClassMap) -> str:
     return "copied" if space_map.is_identity else "carried"
 
 
+_BITS = {
+    dtype: bits
+    for name, bits in {
+        "float8": torch.uint8,
+        "uint16": torch.int16,
+        "uint32": torch.int32,
+        "uint64": torch.int64,
+    }.items()
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and str(dtype).startswith(f"torch.{name}")
+}
+
+
 def move_rows(source: torch.Tensor, base: torch.Tensor, layout: HeadLayout, classes: ClassMap) -> torch.Tensor:
     """Return ``base`` with every carried class, and all rows that belong to no class, taken from ``source``.
 
@@ -406,6 +456,9 @@ def move_rows(source: torch.Tensor, base: torch.Tensor, layout: HeadLayout, clas
     targets, sources = [t for t, _ in carried], [s for _, s in carried]
     out = base.clone()
     moved = source.to(device=out.device, dtype=out.dtype)
+    # As bits: torch has no index_copy of 8-bit floats and unsigned integers.
+    bits = _BITS.get(out.dtype, out.dtype)
+    out, moved = out.view(bits), moved.view(bits)
     places: list[tuple[int, torch.Tensor]] = []
     for axis in layout.class_axes:
         to_rows, from_rows = (
@@ -414,7 +467,7 @@ def move_rows(source: torch.Tensor, base: torch.Tensor, layout: HeadLayout, clas
         )
         moved = moved.index_select(axis, from_rows)
         places.append((axis, to_rows))
-    return _write(out, moved, places)
+    return _write(out, moved, places).view(base.dtype)
 
 
 def _write(out: torch.Tensor, moved: torch.Tensor, places: list[tuple[int, torch.Tensor]]) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ClassTableError
+from ..key import HEAD_ADAPT, TASKS, Key
 from .causes import Cause, Shape, Why
 from .classes import KEY_SUFFIXES, ClassMap, ClassTable
 from .layouts import HeadLayout
@@ -17,16 +18,18 @@ from .plan import AdaptPlan, TensorPlan, carried_or_copied
 from .vocabularies import reviewed_pairs, synonyms_of
 
 
-def source_key(space: str) -> str:
+def source_key(space: str) -> Key:
     """The config key that names the source classes of a label space."""
     if space not in KEY_SUFFIXES:
-        return f"MODEL.TASKS.{space}.source_classes"
-    return f"MODEL.HEAD_ADAPT.SOURCE_CLASSES{KEY_SUFFIXES[space]}"
+        return TASKS[space].source_classes
+    return HEAD_ADAPT[f"SOURCE_CLASSES{KEY_SUFFIXES[space]}"]
 
 
-def target_key(space: str) -> str:
+def target_key(space: str) -> Key:
     """The config key that names the target classes of a label space."""
-    return source_key(space).replace("SOURCE_CLASSES", "TARGET_CLASSES").replace(".source_classes", ".classes")
+    if space not in KEY_SUFFIXES:
+        return TASKS[space].classes
+    return HEAD_ADAPT[f"TARGET_CLASSES{KEY_SUFFIXES[space]}"]
 
 
 @dataclass
@@ -158,7 +161,7 @@ class HeadGroup:
         return {part for part, found in parts.items() if not any(found)}
 
     def _forced(self, members: Sequence[HeadLayout]) -> _Misfit:
-        return _Misfit(members[0].tensor, Why(Cause.FORCED_NONE, key=source_key(members[0].space)))
+        return _Misfit(members[0].tensor, Why(Cause.FORCED_NONE, key=source_key(members[0].space).yaml))
 
     def _misfit(self, members: Sequence[HeadLayout]) -> _Misfit | None:
         """The first thing that keeps the group from being taken; differences of kind come before counts."""
@@ -198,7 +201,7 @@ class HeadGroup:
 
     def _unknown_side(self, m: HeadLayout) -> tuple[str, str]:
         """The side whose classes are unknown, and the key that names them."""
-        return ("model", target_key(m.space)) if m.space in self.sources else ("file", source_key(m.space))
+        return ("model", target_key(m.space).yaml) if m.space in self.sources else ("file", source_key(m.space).yaml)
 
     def _known(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
         source, target = self.sources[m.space], self.targets[m.space]
@@ -215,7 +218,7 @@ class HeadGroup:
             return _Misfit(m.tensor, replace(self._at(m, Cause.AGNOSTIC_IN_FILE), target_kind=kind))
         why = replace(
             self._at(m, Cause.TABLE_MISFIT),
-            key=source_key(m.space),
+            key=source_key(m.space).yaml,
             target_kind=kind,
             table=source.origin,
             length=len(source),
@@ -362,7 +365,23 @@ def plan_adaptation(
 def match_tables(
     sources: Mapping[str, ClassTable], targets: Mapping[str, ClassTable], aliases: Sequence[str], match: str
 ) -> dict[str, ClassMap]:
-    """The class map of every label space that has both tables; each alias goes to the spaces that know it."""
+    """Match the classes of every label space that has both tables.
+
+    Args:
+        sources: the file's tables by label space.
+        targets: the model's.
+        aliases: ``"target=source"``; each goes to the spaces that know both of its names.
+        match: ``"name"``, or ``"position"`` for lists of equal length in the same order.
+
+    Raises:
+        ClassTableError: an alias that no space knows, or tables that cannot be matched.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, match_tables
+        >>> old, new = ClassTable(["ant", "bee", "cat"]), ClassTable(["gnu", "tomcat"])
+        >>> match_tables({"thing": old}, {"thing": new}, ["tomcat=cat"], "name")["thing"].rows
+        (None, 2)
+    """
     spaces = [space for space in targets if space in sources]
     by_space: dict[str, list[str]] = {space: [] for space in spaces}
     for alias in aliases:

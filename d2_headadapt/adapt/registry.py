@@ -106,7 +106,7 @@ def register_by_class_name(*names: str) -> Callable[[LayoutFunction], LayoutFunc
 
 
 def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
-    """The layouts of every class-dependent tensor of ``model``, in ``state_dict`` order.
+    """Find the layouts of every class-dependent tensor of ``model``, in ``state_dict`` order.
 
     A module is described by its own ``head_layouts(context)`` method, else by the function registered for the nearest
     class in its inheritance; a tensor that a pattern names is described by the pattern. Works on the meta device: only

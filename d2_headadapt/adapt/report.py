@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
-from ..errors import visible
+from ..errors import Finding, PlanRefused, Severity, visible
+from ..key import Key
 from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
@@ -19,25 +20,37 @@ _HEADERS = ("head group", "tensor", "action", "in the file", "in the model", "cl
 _ALIAS_MOST = 12
 
 
-@dataclass(frozen=True)
-class Notice:
+@dataclass(frozen=True, eq=False)
+class Notice(Finding):
     """Something of a plan that a user should look at before anything runs.
 
+    Its code is ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh);
+    ``where`` says what happens, in one sentence without a full stop, and ``found`` is the plan's reason.
+
     Args:
-        level: ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh).
-        what: what happens, in one sentence without a full stop.
-        why: the plan's cause, in words.
-        type_this: what to type about it; empty where there is nothing to type.
+        type_this: what to type about it, by itself; empty where there is nothing to type.
         hint: what to put into it.
         tensors: the tensors that it is about.
     """
 
-    level: str
-    what: str
-    why: str
     type_this: str
     hint: str
     tensors: tuple[str, ...]
+
+
+_KINDS: Mapping[str, tuple[Severity, str]] = {
+    "refused": ("error", "tensors that fit the model, class by class"),
+    "unverified": ("warning", "a head whose classes are known on both sides"),
+    "initialised": ("note", "the head in the file, with classes that are known on both sides"),
+}
+"""Code of a notice -> its severity, and what would have been carried."""
+
+
+def _notice(code: str, what: str, why: str, type_this: str, hint: str, tensors: tuple[str, ...]) -> Notice:
+    severity, expected = _KINDS[code]
+    fix = f"Type: {type_this}{f' ({hint})' if hint else ''}." if type_this else "There is nothing to type."
+    error = PlanRefused(what, expected=expected, found=why, fix=fix)
+    return Notice(code, severity, error, type_this, hint, tensors)
 
 
 def summary_line(plan: AdaptPlan) -> str:
@@ -66,12 +79,20 @@ def summary_line(plan: AdaptPlan) -> str:
 
 
 def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = True) -> str:
-    """The plan as one table: head tensors one by one under their group, the rest as counts, then classes by name.
+    """Put a plan into one table: head tensors one by one under their group, the rest as counts, then classes by name.
 
     Args:
         plan: any plan.
         every_tensor: also list the tensors that have no classes.
         summary: end with :func:`summary_line`.
+
+    Example:
+        >>> from d2_headadapt import AdaptPlan, TensorPlan, plan_table
+        >>> plan = AdaptPlan((TensorPlan("backbone.weight", "copied", None, None, (8, 8), (8, 8)),))
+        >>> print(plan_table(plan, every_tensor=True, summary=False))
+        head group    tensor           action    in the file    in the model    classes
+        ------------  ---------------  --------  -------------  --------------  ---------
+                      backbone.weight  copied    (8, 8)         (8, 8)
     """
     notices = plan_notices(plan)
     rows = _rows(plan, notices, every_tensor)
@@ -80,7 +101,7 @@ def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = T
         text += [f"{counted} {action}{reason}: {names}" for action, reason, counted, names in _rest(plan)]
     text += [f"{title}: {names}" for space in plan_spaces(plan) for title, names in _class_lines(plan, space)]
     for number, notice in enumerate(notices, 1):
-        text.append(f"note {number}, {notice.level}: {notice.what}: {notice.why}.")
+        text.append(f"note {number}, {notice.code}: {notice.where}: {notice.found}.")
         if notice.type_this:
             text.append(f"    type: {notice.type_this}" + (f"    ({notice.hint})" if notice.hint else ""))
     if summary:
@@ -93,7 +114,7 @@ def plan_markdown(plan: AdaptPlan) -> str:
     notices = plan_notices(plan)
     parts = [f"**{_markdown(summary_line(plan))}**"]
     for number, notice in enumerate(notices, 1):
-        line = f"> **note {number}, {notice.level}:** {_markdown(notice.what)}: {_markdown(notice.why)}."
+        line = f"> **note {number}, {notice.code}:** {_markdown(notice.where)}: {_markdown(notice.found)}."
         parts.append(line + (f" Type {_code(notice.type_this)}" if notice.type_this else ""))
     classes = [line for space in plan_spaces(plan) for line in _class_lines(plan, space)]
     if classes:
@@ -119,33 +140,30 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
         refused_here = Why(Cause.GROUP_REFUSED, blame=t.name)
         stopped = tuple(other.name for other in plan.tensors if other.why == refused_here)
         what = f"{t.name} is refused, so nothing is loaded"
-        notices.append(Notice("refused", what, t.reason, *_command(t, plan), (t.name, *stopped)))
+        notices.append(_notice("refused", what, t.reason, *_command(t, plan), (t.name, *stopped)))
     if plan.loads_nothing and not notices:
         why = "the model finds none of its tensors in it"
-        notices.append(Notice("refused", "the file gives this model nothing", why, "", "", ()))
+        notices.append(_notice("refused", "the file gives this model nothing", why, "", "", ()))
     for space in plan.assumed:
         table, key = plan.source[space], source_key(space)
         what = f"the {len(table)} {space} classes of the file are assumed ({shorten(table.names)})"
         why = "it was made from weights whose classes nobody named"
         names = tuple(t.name for t in plan.by_action("copied", "carried") if t.space == space)
-        notices.append(Notice("unverified", what, why, f"{key} names.txt", "where they are others", names))
+        notices.append(_notice("unverified", what, why, str(key.set("names.txt")), "where they are others", names))
     by_shape = [t for t in plan.by_action("copied") if not t.verified]
     for (group, root), tensors in _grouped(by_shape).items():
         what = f"{_count(len(tensors), 'tensor')} {f'of {group} ' if group else ''}copied by shape alone"
         names = tuple(t.name for t in tensors)
-        notices.append(Notice("unverified", what, sentence(root, root=True), *_command(tensors[0], plan), names))
+        notices.append(_notice("unverified", what, sentence(root, root=True), *_command(tensors[0], plan), names))
     for (group, root), tensors in _grouped(plan.by_action("initialised")).items():
         what = f"{_count(len(tensors), 'tensor')} of {group} keep{'s' * (len(tensors) == 1)} the model's initial values"
         names = tuple(t.name for t in tensors)
-        notices.append(Notice("initialised", what, sentence(root, root=True), *_command(tensors[0], plan), names))
-    return tuple(
-        replace(n, what=visible(n.what), why=visible(n.why), type_this=visible(n.type_this), hint=visible(n.hint))
-        for n in notices
-    )
+        notices.append(_notice("initialised", what, sentence(root, root=True), *_command(tensors[0], plan), names))
+    return tuple(notices)
 
 
 def discarded_heads(plan: AdaptPlan) -> tuple[Notice, ...]:
-    """The notices of heads that the file has trained and the model does not take, although nobody asked for that.
+    """Pick the notices of heads that the file has trained and the model does not take, although nobody asked for that.
 
     Classes that the model does not have are no such head: their rows have no place.
     """
@@ -154,7 +172,7 @@ def discarded_heads(plan: AdaptPlan) -> tuple[Notice, ...]:
         for t in plan.by_action("initialised")
         if t.source_shape is not None and not t.cause.by_user and t.cause is not Cause.NO_CLASS_IN_FILE
     }
-    return tuple(n for n in plan_notices(plan) if n.level == "initialised" and lost & set(n.tensors))
+    return tuple(n for n in plan_notices(plan) if n.code == "initialised" and lost & set(n.tensors))
 
 
 def plan_spaces(plan: AdaptPlan) -> list[str]:
@@ -209,7 +227,8 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
         count = layout.num_classes(shape) if layout is not None and layout.axes and shape is not None else None
         holds = f"; the shapes of {side} hold {count}" if count else ""
         verb = "corrected " if t.space in table else ""
-        return f"{t.why.key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
+        named = str(Key(t.why.key).set("names.txt"))
+        return named, f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
     return "", ""
 
 

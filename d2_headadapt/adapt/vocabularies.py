@@ -23,7 +23,7 @@ Names = Sequence[str]
 
 
 def vocabulary(name: str, space: str = "thing") -> ClassTable:
-    """The table of a built-in vocabulary.
+    """Look up the class table of a built-in vocabulary.
 
     Args:
         name: one of :func:`vocabulary_names`, in any case.

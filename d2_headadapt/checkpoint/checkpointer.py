@@ -24,6 +24,7 @@ from ..adapt.report import discarded_heads, plan_json, plan_notices, plan_table,
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
+from ..key import OUTPUT_DIR
 from ..modeling.text.predictor import FACTS, text_facts
 from .load import (
     LoadRequest,
@@ -53,6 +54,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     Saved files carry the class tables they were made with, and stock detectron2 loads them.
 
     Attributes:
+        settings: target and source tables, match rule and all other keys, as given or as attached to the model.
         plan: what the last load did; ``None`` before the first.
         untrained: class names by label space of which some row was neither carried, fitted nor trained.
 
@@ -142,7 +144,11 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As stock's, and refused where only some processes have a run to go on with: the others would wait forever.
+        """Load like the parent; raise if only some ranks have ``last_checkpoint``: the others would wait forever.
+
+        Args:
+            path: weights for a new run, a file or an address.
+            resume: go on with the run of ``save_dir`` where it has one; ``path`` is not read then.
 
         Raises:
             RankError: names the ranks without ``last_checkpoint``.
@@ -154,7 +160,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 os.path.join(self.save_dir, "last_checkpoint"),
                 expected="a run to go on with on every rank, or on none",
                 found=f"none on rank {ranks}",
-                fix="Copy last_checkpoint and the file that it names to every machine, or use a shared OUTPUT_DIR.",
+                fix=f"Copy last_checkpoint and the file that it names to every machine, or use a shared {OUTPUT_DIR}.",
             )
         if resume and comm.is_main_process():
             self._say_what_is_unnoted(path)
@@ -239,7 +245,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     def adapted(
         self, checkpoint: dict[str, Any], path: str, origin: str = ""
     ) -> tuple[dict[str, torch.Tensor], AdaptPlan]:
-        """What loading a checkpoint would make of the model's state; nothing is written to.
+        """Compute what loading a checkpoint would make of the model's state; nothing is written to.
 
         Args:
             checkpoint: in stock detectron2's form, ``{"model": {name: values}, ...}``; it loses what is used.
@@ -271,11 +277,11 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         say_unused(unused)
         self.logger.info("Plan of %s:\n%s", self._request.path, plan_table(plan, summary=False))
         for notice in plan_notices(plan):
-            if notice.level == "unverified":
-                self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
+            if notice.code == "unverified":
+                self.logger.warning("unverified: %s: %s; type: %s", notice.where, notice.found, notice.type_this)
         for notice in discarded_heads(plan):
             command = f"; type: {notice.type_this}" if notice.type_this else ""
-            self.logger.warning("not loaded: %s: %s%s", notice.what, notice.why, command)
+            self.logger.warning("not loaded: %s: %s%s", notice.where, notice.found, command)
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:
@@ -315,6 +321,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write ``last_checkpoint`` atomically, so that a run that is killed meanwhile can be resumed."""
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
         else:
@@ -334,7 +341,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.untrained = {space: names for space, names in both.items() if names}
 
     def rows_to_fit(self) -> dict[str, tuple[int, ...]]:
-        """The classes without a trained row, tensor by tensor: a file may have the boxes of a class and not its masks.
+        """List the classes without a trained row, tensor by tensor: a file may have a class's boxes, not its masks.
 
         Rows that were carried count too where the file says that nobody trained them.
         """
@@ -345,7 +352,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         }
 
     def provenance(self) -> Provenance:
-        """The class tables, layouts and optimizer order that a file saved now carries."""
+        """Describe the class tables, layouts and optimizer order that a file saved now carries."""
         targets = dict(self.plan.target if self.plan is not None else self.settings.target)
         layouts = layouts_of(self.model)
         state = shapes_of(self.model.state_dict())

@@ -21,6 +21,7 @@ from torch import nn
 from ..adapt.causes import Cause, Why
 from ..adapt.classes import did_you_mean
 from ..errors import ConfigError
+from ..key import HEAD_ADAPT, Key
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def settle_names(
             ``align_and_update_state_dicts`` does.
     """
     # What matches by suffixes needs no help with prefixes, and is to give what stock's matching gives.
-    seen = unwrapped(tensors, () if heuristics or caffe2 else model_shapes)
-    named = {seen[name]: value for name, value in tensors.items()}
-    inner = {new: old for old, new in seen.items() if new != old and new in model_shapes}
+    bare = unwrapped(tensors, () if heuristics or caffe2 else model_shapes)
+    named = {bare[name]: value for name, value in tensors.items()}
+    inner = {new: old for old, new in bare.items() if new != old and new in model_shapes}
     if caffe2:
         # It logs a line per head tensor that it reorders, which the plan says better.
         level = logging.getLogger("detectron2.checkpoint.c2_model_loading").level
@@ -149,7 +150,7 @@ def longest_suffix(name: str, candidates: Mapping[str, object]) -> str | None:
 T = TypeVar("T")
 
 
-def rename(tensors: Mapping[str, T], rules: Sequence[str], key: str = "MODEL.HEAD_ADAPT.RENAME") -> dict[str, T]:
+def rename(tensors: Mapping[str, T], rules: Sequence[str], key: Key = HEAD_ADAPT.RENAME) -> dict[str, T]:
     """Apply ``"regex=replacement"`` rules to the names, one after the other, as ``re.sub`` does.
 
     Args:
@@ -187,7 +188,7 @@ def rename(tensors: Mapping[str, T], rules: Sequence[str], key: str = "MODEL.HEA
     return named
 
 
-def matched(names: Iterable[str], patterns: Sequence[str], key: str) -> set[str]:
+def matched(names: Iterable[str], patterns: Sequence[str], key: Key) -> set[str]:
     """The ``names`` that any of the glob ``patterns`` matches.
 
     Raises:
@@ -208,11 +209,10 @@ def left_out(names: Iterable[str], include: Sequence[str], exclude: Sequence[str
     names = list(names)
     out: dict[str, Why] = {}
     if include:
-        key = "MODEL.HEAD_ADAPT.INCLUDE"
-        taken = matched(names, include, key)
-        out.update({name: Why(Cause.NOT_INCLUDED, key=key) for name in names if name not in taken})
-    key = "MODEL.HEAD_ADAPT.EXCLUDE"
-    out.update({name: Why(Cause.EXCLUDED, key=key) for name in matched(names, exclude, key)})
+        taken = matched(names, include, HEAD_ADAPT.INCLUDE)
+        out.update({n: Why(Cause.NOT_INCLUDED, key=HEAD_ADAPT.INCLUDE.yaml) for n in names if n not in taken})
+    why = Why(Cause.EXCLUDED, key=HEAD_ADAPT.EXCLUDE.yaml)
+    out.update(dict.fromkeys(matched(names, exclude, HEAD_ADAPT.EXCLUDE), why))
     return out
 
 
@@ -229,7 +229,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         ConfigError: a pattern that matches no parameter.
     """
     parameters = dict(model.named_parameters())
-    frozen = matched(parameters, patterns, "MODEL.HEAD_ADAPT.FREEZE") if patterns else set()
+    frozen = matched(parameters, patterns, HEAD_ADAPT.FREEZE) if patterns else set()
     for name in frozen:
         parameters[name].requires_grad_(False)
     for path, module in list(model.named_modules()):

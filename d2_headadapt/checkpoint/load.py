@@ -26,12 +26,13 @@ from ..adapt.vocabularies import zoo_tables
 from ..config.settings import AdaptSettings
 from ..errors import CheckpointFileError, NotFetchedError, PlanRefused, visible
 from ..files import read_checkpoint, shapes_of, verify_tensors
+from ..key import HEAD_ADAPT, MODEL
 from ..modeling.text.nearest import NearestRows, plan_nearest
 from ..modeling.text.predictor import FACTS, refuse_other_text
 from .keys import SettledNames, left_out, rename, settle_names
-from .optimizer import adapt_averages, adapt_resume
+from .optimizer import adapt_averages, adapt_resume, refuse_other_types
 from .provenance import KEY, Provenance
-from .source_keys import Reason, UnusedKey, keys_for
+from .source_keys import Unused, UnusedKey, keys_for
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def check_exists(path: str, *, own_file: bool = False) -> None:
     folder, name = os.path.split(local)
     near = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
     found = "a folder" if os.path.isdir(local) else "no such file"
-    fix = "Correct MODEL.WEIGHTS, or the path that was given."
+    fix = f"Correct {MODEL.WEIGHTS}, or the path that was given."
     if own_file:
         fix = f"Write the name of a checkpoint of {folder} into its last_checkpoint, or start without --resume."
     raise CheckpointFileError(local, expected="a checkpoint file", found=found, fix=f"{fix}{did_you_mean(name, near)}")
@@ -61,7 +62,7 @@ def not_fetched(path: str, exc: BaseException) -> NotFetchedError:
         path,
         expected="a file that can be fetched",
         found=f"{type(exc).__name__}: {exc}",
-        fix="Correct MODEL.WEIGHTS, or download the file and give its path.",
+        fix=f"Correct {MODEL.WEIGHTS}, or download the file and give its path.",
     )
 
 
@@ -165,6 +166,7 @@ def prepare_load(
     refuse_other_text(model, plan, made.tensors, made.known.extra.get(FACTS), request.path)
     resumed = {key: checkpoint[key] for key in sorted(request.resumes & checkpoint.keys())}
     if resumed:
+        refuse_other_types(resumed, checkpointables, request.path)
         if settings.verify_file:
             verify_tensors(file, resumed)
         # An optimizer keeps the tensors it is given, and these are views of a file that may change under it.
@@ -294,7 +296,7 @@ def say_unused(unused: Iterable[UnusedKey]) -> None:
     """Log each key that is set and does not hold for a file."""
     for key in unused:
         # What went into the file already is as the guides say; what the file contradicts is a surprise.
-        logger.log(logging.WARNING if key.cause is Reason.FILE_SAYS else logging.INFO, "%s", key.sentence())
+        logger.log(logging.WARNING if key.cause is Unused.FILE_SAYS else logging.INFO, "%s", key.sentence())
 
 
 def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
@@ -313,8 +315,8 @@ def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
             origin,
             expected=f"at least {min_coverage:.0%} of the file's tensors to find a place in the model",
             found=f"{plan.coverage:.0%} (by submodule: {parts})",
-            fix="Use a checkpoint of this architecture, or set MODEL.HEAD_ADAPT.MIN_COVERAGE "
-            f"{max(0.0, plan.coverage - 0.01):.2f} to load it all the same.",
+            fix=f"Use a checkpoint of this architecture, or set "
+            f"{HEAD_ADAPT.MIN_COVERAGE.set(f'{max(0.0, plan.coverage - 0.01):.2f}')} to load it all the same.",
         )
 
 

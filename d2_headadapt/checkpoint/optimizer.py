@@ -7,10 +7,11 @@ names come from the file's provenance, else from the live optimizer where sizes 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from ..adapt.causes import Shape
 from ..adapt.plan import AdaptPlan, TensorPlan, move_rows
 from ..adapt.report import summary_line
 from ..errors import ResumeError
+from ..key import HEAD_ADAPT, MODEL, OUTPUT_DIR
 from .keys import unwrapped
 from .provenance import Provenance, optimizer_names
 
@@ -244,8 +246,8 @@ def adapt_resume(
             path,
             expected="the tensors of the run that is resumed",
             found=f"{len(changed)} that changed, {changed[0].name} first ({summary_line(plan)})",
-            fix="Set MODEL.HEAD_ADAPT.RESUME adapt to go on: carried rows keep their optimizer moments, new rows start "
-            "at zero. Or start a new run without --resume in another OUTPUT_DIR.",
+            fix=f"Set {HEAD_ADAPT.RESUME.set('adapt')} to go on: carried rows keep their optimizer moments, new rows "
+            f"start at zero. Or start a new run without --resume in another {OUTPUT_DIR}.",
         )
     live = find_optimizer(checkpointables)
     holders = find_state(checkpoint)
@@ -268,6 +270,64 @@ def adapt_resume(
     logger.info("Optimizer moments of %s went through the same plan as the weights; new rows start at zero.", path)
 
 
+def refuse_other_types(entries: Mapping[str, Any], checkpointables: Mapping[str, Any], path: str) -> None:
+    """Raise where an entry of a file cannot be the state of the object that would load it.
+
+    Args:
+        entries: key of ``checkpointables`` -> what the file has.
+        checkpointables: what the checkpointer will load them into.
+        path: the file, for messages.
+
+    Raises:
+        ResumeError: names the place, and the two types.
+    """
+    misfits = [m for key, value in entries.items() for m in _misfits(checkpointables[key].state_dict(), value, key)]
+    live = find_optimizer(checkpointables)
+    # Other optimizers may keep anything; LBFGS of torch keeps lists.
+    if live is not None and type(live).__module__.startswith("torch.optim") and type(live).__name__ != "LBFGS":
+        misfits += [m for holder in find_state(entries) for m in _moment_misfits(holder["optimizer"]["state"])]
+    for place, expected, value in misfits:
+        raise ResumeError(
+            f"{path}, entry {place}",
+            expected=expected,
+            found=f"{type(value).__name__} {str(value)[:40]!r}" if isinstance(value, _PLAIN) else type(value).__name__,
+            fix="Use another checkpoint of this run, or start a new run from this file without --resume.",
+        )
+
+
+_NUMBERS = (int, float, complex, np.generic, torch.Tensor)
+_PLAIN = (int, float, str)
+
+
+def _misfits(own: Any, given: Any, place: str) -> Iterator[tuple[str, str, Any]]:
+    """Place, expected and found value wherever ``given`` is no state of an object whose state is ``own``."""
+    if isinstance(own, Mapping):
+        if not isinstance(given, Mapping):
+            yield place, "a mapping", given
+        else:
+            # A trainer has no entry "hooks" of its own before its first iteration.
+            for key, value in {"hooks": {}, **own}.items():
+                if key in given:
+                    yield from _misfits(value, given[key], f"{place}/{key}")
+    elif isinstance(own, (list, tuple)):
+        if not isinstance(given, (list, tuple)):
+            yield place, "a list", given
+        for i, (one, other) in enumerate(zip(own, given, strict=False) if isinstance(given, (list, tuple)) else ()):
+            yield from _misfits(one, other, f"{place}/{i}")
+    elif isinstance(own, _NUMBERS) and given is not None and not isinstance(given, _NUMBERS):
+        yield place, "a number", given
+
+
+def _moment_misfits(state: Any) -> Iterator[tuple[str, str, Any]]:
+    for number, moments in state.items() if isinstance(state, Mapping) else ():
+        if not isinstance(moments, Mapping):
+            yield f"optimizer/state/{number}", "a mapping", moments
+            continue
+        for key, value in moments.items():
+            if value is not None and not isinstance(value, _NUMBERS):
+                yield f"optimizer/state/{number}/{key}", "a tensor or number", value
+
+
 ANY_OPTIMIZER = {
     *("params", "lr", "initial_lr", "weight_decay", "maximize", "foreach", "differentiable", "fused", "capturable"),
     "decoupled_weight_decay",
@@ -286,7 +346,7 @@ def _refuse_other_kind(state: Mapping[str, Any], live: torch.optim.Optimizer, pa
                 expected=f"that of {type(live).__name__} ({', '.join(sorted(needed))})",
                 found=f"that of another optimizer ({saved})",
                 fix="Go on with the optimizer that the run was trained with, or start a new run from this file: "
-                "without --resume, with it as MODEL.WEIGHTS and another OUTPUT_DIR.",
+                f"without --resume, with it as {MODEL.WEIGHTS} and another {OUTPUT_DIR}.",
             )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..adapt.classes import ClassTable
 from ..adapt.layouts import HeadLayout
 from ..errors import CheckpointFileError
+from ..key import HEAD_ADAPT
 
 KEY = "d2_headadapt"
 VERSION = 1
@@ -91,7 +92,7 @@ class Provenance:
                 expected="a mapping with a version",
                 found=type(data).__name__,
                 fix="The file was written by another program; remove that entry, and name its classes with "
-                "MODEL.HEAD_ADAPT.SOURCE_CLASSES.",
+                f"{HEAD_ADAPT.SOURCE_CLASSES}.",
             )
         if data["version"] > VERSION:
             raise CheckpointFileError(

@@ -6,6 +6,7 @@ import os
 import re
 
 from ..errors import ConfigError
+from ..key import OUTPUT_DIR
 
 try:
     import fcntl
@@ -36,17 +37,17 @@ def claim(folder: str) -> None:
         descriptor = os.open(place, os.O_RDONLY)
     except OSError as exc:
         raise ConfigError(
-            "OUTPUT_DIR", expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
+            OUTPUT_DIR, expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
         ) from exc
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as exc:
         os.close(descriptor)
         raise ConfigError(
-            f"OUTPUT_DIR {folder}",
+            f"{OUTPUT_DIR} {folder}",
             expected="a folder in which nobody else trains",
             found="another process that trains there",
-            fix="Set OUTPUT_DIR to another folder, or wait until that run has ended.",
+            fix=f"Set {OUTPUT_DIR} to another folder, or wait until that run has ended.",
         ) from exc
     except OSError:
         # Some network file systems have no locks: there it is as with stock detectron2.

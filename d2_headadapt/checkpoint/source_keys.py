@@ -19,12 +19,13 @@ from ..adapt.matching import alias_sides
 from ..adapt.planner import source_key
 from ..config.settings import AdaptSettings
 from ..errors import PlanRefused
+from ..key import HEAD_ADAPT, MODEL, Key
 from .provenance import Provenance
 
 PATTERNS = ("include", "exclude", "rename")
 
 
-class Reason(str, Enum):
+class Unused(str, Enum):
     """Why a key is not used."""
 
     APPLIED = "applied"
@@ -42,25 +43,25 @@ class UnusedKey:
     """A key that is set and not used.
 
     Args:
-        key: as one types it in a yaml.
+        key: which one.
         cause: why.
         value: what of it, in plain types.
     """
 
-    key: str
-    cause: Reason
+    key: Key
+    cause: Unused
     value: Any = None
 
     def sentence(self) -> str:
         """Say it in one line."""
         what = {
-            Reason.APPLIED: "went into this file already, and is not applied again",
-            Reason.OTHER_FILE: "is about the file of MODEL.WEIGHTS, and this file says its own classes: not applied",
-            Reason.FILE_SAYS: "names other classes than the file itself does: the file is right",
-            Reason.NO_SUCH_CLASS: "names a class that this file no longer has, because the rows were moved already",
+            Unused.APPLIED: "went into this file already, and is not applied again",
+            Unused.OTHER_FILE: f"is about {MODEL.WEIGHTS!s}, and this file says its own classes: not applied",
+            Unused.FILE_SAYS: "names other classes than the file itself does: the file is right",
+            Unused.NO_SUCH_CLASS: "names a class that this file no longer has, because the rows were moved already",
         }[self.cause]
-        value = f" ({self.value})" if self.cause is Reason.FILE_SAYS else f" {self.value!r}"
-        return f"{self.key}{value} {what}."
+        value = f" ({self.value})" if self.cause is Unused.FILE_SAYS else f" {self.value!r}"
+        return f"{self.key!s}{value} {what}."
 
 
 def keys_for(
@@ -96,12 +97,12 @@ def keys_for(
         applied = list(values) == list(known.applied.get(name, ()))
         if values and (applied or not about):
             changes[name] = ()
-            reason = Reason.APPLIED if applied else Reason.OTHER_FILE
-            unused.append(UnusedKey(f"MODEL.HEAD_ADAPT.{name.upper()}", reason, list(values)))
+            cause = Unused.APPLIED if applied else Unused.OTHER_FILE
+            unused.append(UnusedKey(HEAD_ADAPT[name.upper()], cause, list(values)))
     forced = settings.initialise & set(known.tables)
     for space in sorted(forced):
         if not about or space in known.applied.get("initialise", ()):
-            unused.append(UnusedKey(source_key(space), Reason.APPLIED if about else Reason.OTHER_FILE, "none"))
+            unused.append(UnusedKey(source_key(space), Unused.APPLIED if about else Unused.OTHER_FILE, "none"))
             changes["initialise"] = changes.get("initialise", settings.initialise) - {space}
     changes["source"] = _sources(settings, known, about, unused)
     changes["aliases"] = _aliases(settings, known, about, unused)
@@ -109,7 +110,7 @@ def keys_for(
         applied = known.applied.get("match") == "position"
         if about and not applied:
             _refuse_position(settings, known, path)
-        unused.append(UnusedKey("MODEL.HEAD_ADAPT.MATCH", Reason.APPLIED if applied else Reason.OTHER_FILE, "position"))
+        unused.append(UnusedKey(HEAD_ADAPT.MATCH, Unused.APPLIED if applied else Unused.OTHER_FILE, "position"))
         changes["match"] = "name"
     elif settings.match == "position_over_names":
         changes["match"] = "position" if about and known.applied.get("match") != settings.match else "name"
@@ -125,7 +126,7 @@ def _sources(settings: AdaptSettings, known: Provenance, about: bool, unused: li
             kept[space] = table
         elif about and stated != table and list(table.names) != list(known.applied.get("source", {}).get(space, ())):
             unused.append(
-                UnusedKey(source_key(space), Reason.FILE_SAYS, f"{len(table)} classes, {len(stated)} in the file")
+                UnusedKey(source_key(space), Unused.FILE_SAYS, f"{len(table)} classes, {len(stated)} in the file")
             )
     return kept
 
@@ -138,13 +139,13 @@ def _aliases(settings: AdaptSettings, known: Provenance, about: bool, unused: li
         target, source = next((p for p in sides if any(t.find(n) is not None for t in tables for n in p)), sides[0])
         moved = any(t.find(target) is not None for t in tables) and not any(t.find(source) is not None for t in tables)
         if alias in known.applied.get("aliases", ()):
-            unused.append(UnusedKey("MODEL.HEAD_ADAPT.ALIASES", Reason.APPLIED, alias))
+            unused.append(UnusedKey(HEAD_ADAPT.ALIASES, Unused.APPLIED, alias))
         elif moved:
-            unused.append(UnusedKey("MODEL.HEAD_ADAPT.ALIASES", Reason.NO_SUCH_CLASS, alias))
+            unused.append(UnusedKey(HEAD_ADAPT.ALIASES, Unused.NO_SUCH_CLASS, alias))
         elif about or any(t.find(source) is not None for t in tables):
             kept.append(alias)
         else:
-            unused.append(UnusedKey("MODEL.HEAD_ADAPT.ALIASES", Reason.OTHER_FILE, alias))
+            unused.append(UnusedKey(HEAD_ADAPT.ALIASES, Unused.OTHER_FILE, alias))
     return tuple(kept)
 
 
@@ -156,11 +157,11 @@ def _refuse_position(settings: AdaptSettings, known: Provenance, path: str) -> N
         for k, (theirs, mine) in enumerate(pairs):
             if theirs != mine:
                 raise PlanRefused(
-                    "MODEL.HEAD_ADAPT.MATCH",
+                    HEAD_ADAPT.MATCH,
                     expected="name, because the file names its own classes",
                     found=f"position, which gives class {k} {mine!r} the rows of {theirs!r} of {path}",
-                    fix="Set MODEL.HEAD_ADAPT.MATCH name. Where the names in the file are wrong, set "
-                    "MODEL.HEAD_ADAPT.MATCH position_over_names.",
+                    fix=f"Set {HEAD_ADAPT.MATCH.set('name')}. Where the names in the file are wrong, set "
+                    f"{HEAD_ADAPT.MATCH.set('position_over_names')}.",
                 )
 
 

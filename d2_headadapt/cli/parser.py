@@ -1,17 +1,22 @@
-"""``d2-headadapt``: parse, call, print, exit code."""
+"""``d2-headadapt``: parse, call, print, exit code.
+
+Parsing needs the standard library only. What a command does is imported once the command line is known to be right,
+because torch and detectron2 take seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ..engine.launch import add_import_argument, default_argument_parser
-from ..errors import HeadAdaptError
+from ..errors import HeadAdaptError, UsageError
 from ..export import ENDINGS
-from ..setup.lazy.words import lazy_words
+from ..key import DATASETS, HEAD_ADAPT, MODEL
+from ..setup.arguments import add_import_argument, add_training_arguments
 from ..version import __version__
-from .commands import adapt, doctor, explain, export, fit, plan, predict, run_existing, train
+from .quiet import json_alone, without_warnings
 
 DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."
 EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line is wrong."
@@ -20,14 +25,72 @@ EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words, script = split_script(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words, argparse.Namespace(script=script))
-    run: Callable[[argparse.Namespace], int] = args.run
+    args = with_home(build_parser().parse_args(words, argparse.Namespace(script=script)))
+    if args.run == "explain":
+        return explain(args)
     try:
-        with lazy_words(getattr(args, "config_file", "")):
-            return run(args)
+        if args.run == "run_existing":
+            check_script(script)
+        with without_warnings(), json_alone(getattr(args, "json", None) == "-"):
+            return _run(args)
     except HeadAdaptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Import the commands and run the one of ``args``, after a word that something is going on."""
+    if os.environ.get("RANK", "0") == "0":  # Of torchrun's processes one is enough.
+        source = " ".join(args.script[: 1 + (args.script[:1] == ["-m"])]) or getattr(args, "config_file", "")
+        print(f"reading {source or 'the defaults of detectron2'} ...", file=sys.stderr, flush=True)
+    from ..setup.lazy.loading import in_words_of
+    from . import commands
+
+    run: Callable[[argparse.Namespace], int] = getattr(commands, args.run)
+    with in_words_of(getattr(args, "config_file", "")):
+        return run(args)
+
+
+def explain(args: argparse.Namespace) -> int:
+    """Print what a pasted error means; 1 where it is not known."""
+    from ..doctor.explain import explanation_text
+
+    text, is_known = explanation_text(sys.stdin.read() if args.text == ["-"] else " ".join(args.text))
+    print(text)
+    return 0 if is_known else 1
+
+
+def check_script(script: Sequence[str]) -> None:
+    """Refuse ``run`` without a script that is there, or without the name of a module behind ``-m``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not script or list(script) == ["-m"]:
+        raise UsageError(
+            "d2-headadapt run", expected="a script", found="none", fix="Type: d2-headadapt run train_net.py ..."
+        )
+    if script[0] != "-m" and not os.path.isfile(script[0]):
+        raise UsageError(
+            "d2-headadapt run", expected="a Python script", found=f"no file {script[0]!r}", fix="Correct the path."
+        )
+
+
+def with_home(args: argparse.Namespace) -> argparse.Namespace:
+    """Expand ``~`` in the paths of a command line: a shell does so in ``--weights ~/x``, not in ``--weights=~/x``."""
+    for name in ("config_file", "weights", "output", "json", "html", "images", "image", "opts"):
+        value = getattr(args, name, None)
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(args, name, [_expanded(word) if isinstance(word, str) else word for word in value])
+    return args
+
+
+def _expanded(word: str) -> str:
+    # key=~/x of a LazyConfig
+    key, equal, value = word.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if equal and value.startswith("~") else os.path.expanduser(word)
 
 
 def split_script(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -59,32 +122,32 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="also write the plan as JSON; - for standard output")
     command.add_argument("--html", metavar="FILE", help="also write it as one page with the class map as a picture")
     command.add_argument("--all", action="store_true", help="list every tensor, not only those of heads")
-    command.set_defaults(run=plan)
+    _add_force(command)
+    command.set_defaults(run="plan")
 
     command = commands.add_parser(
         "adapt", help="write a checkpoint that stock detectron2 loads without a mismatch", epilog=EPILOG
     )
     _add_common(command)
     _add_output(command)
-    command.set_defaults(run=adapt)
+    command.set_defaults(run="adapt")
 
     command = commands.add_parser(
-        "fit", help="adapt, and solve the rows of new classes on the images of DATASETS.TRAIN", epilog=EPILOG
+        "fit", help=f"adapt, and solve the rows of new classes on the images of {DATASETS.TRAIN!s}", epilog=EPILOG
     )
     _add_common(command)
     _add_output(command)
     command.add_argument("--json", metavar="FILE", help="also write the fit's report as JSON; - for standard output")
-    command.set_defaults(run=fit)
+    command.set_defaults(run="fit")
 
-    stock = default_argument_parser()
     command = commands.add_parser(
         "train",
         help="train or evaluate, as tools/train_net.py does",
-        parents=[stock],
-        add_help=False,
         epilog="The options are those of detectron2's own train_net.py.",
     )
-    command.set_defaults(run=train)
+    add_training_arguments(command)
+    add_import_argument(command)
+    command.set_defaults(run="train")
 
     command = commands.add_parser(
         "doctor",
@@ -95,13 +158,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="also write the findings as JSON; - for standard output")
     command.add_argument("--all-images", action="store_true", help="open every image rather than a sample")
     command.add_argument("--list", action="store_true", help="print every check and stop")
-    command.set_defaults(run=doctor)
+    _add_force(command)
+    command.set_defaults(run="doctor")
 
     command = commands.add_parser(
         "explain", help="say what an error of torch or detectron2 means, and what to type", epilog=EPILOG
     )
     command.add_argument("text", nargs="+", metavar="TEXT", help="the error or a whole log; - reads standard input")
-    command.set_defaults(run=explain)
+    command.set_defaults(run="explain")
 
     command = commands.add_parser(
         "predict", help="boxes, names and tasks of images, as JSON and as pictures; names come from the checkpoint"
@@ -110,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="images, or folders of images")
     command.add_argument("--output", required=True, metavar="FOLDER", help="for predictions.json and the pictures")
     command.add_argument("--least-score", type=score, default=0.5, metavar="SCORE", help="of a box that is kept (0.5)")
-    command.set_defaults(run=predict)
+    command.set_defaults(run="predict")
 
     command = commands.add_parser(
         "export", help="write the model as TorchScript or ONNX, once its outputs were compared", epilog=EPILOG
@@ -120,7 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", required=True, choices=list(ENDINGS), help="TorchScript by tracing or by scripting, or ONNX"
     )
     command.add_argument("--output", metavar="FILE", required=True, help="the new file, .ts, .pt or .onnx")
-    command.add_argument("--force", action="store_true", help="replace an existing output")
+    _add_force(command)
     command.add_argument(
         "--image",
         nargs="+",
@@ -128,7 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="images, or folders of images, to compare on; drawn ones are always compared too",
     )
-    command.set_defaults(run=export)
+    command.set_defaults(run="export")
 
     command = commands.add_parser(
         "run",
@@ -147,9 +211,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar=("KEY", "VALUE"),
-        help="a default of the script's config, such as MODEL.HEAD_ADAPT.SOURCE_CLASSES coco; repeatable",
+        help=f"a default of the script's config, such as {HEAD_ADAPT.SOURCE_CLASSES!s} coco; repeatable",
     )
-    command.set_defaults(run=run_existing)
+    command.set_defaults(run="run_existing")
     return parser
 
 
@@ -163,12 +227,16 @@ def score(text: str) -> float:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="FILE", required=True, help="the new checkpoint, .pth or .safetensors")
+    _add_force(command)
+
+
+def _add_force(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace an existing output")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config-file", default="", metavar="FILE", help="a detectron2 yaml or LazyConfig")
-    command.add_argument("--weights", metavar="FILE", help="the checkpoint; MODEL.WEIGHTS by default")
+    command.add_argument("--weights", metavar="FILE", help=f"the checkpoint; {MODEL.WEIGHTS!s} by default")
     add_import_argument(command)
     command.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides; key=value of a LazyConfig"

@@ -56,7 +56,7 @@ def _data(name: str) -> str:
 
 
 def _header(plan: AdaptPlan, title: str, notes: Sequence[str]) -> str:
-    levels = {notice.level for notice in plan_notices(plan)}
+    levels = {notice.code for notice in plan_notices(plan)}
     if "refused" in levels:
         verdict = ("refused", "Refused: nothing would be loaded")
     elif "unverified" in levels:
@@ -80,8 +80,8 @@ def _notices(plan: AdaptPlan) -> str:
         names = "".join(f"<li><code>{breakable(name)}</code></li>" for name in notice.tensors)
         hint = f" <span>{safe(notice.hint)}</span>" if notice.hint else ""
         boxes.append(
-            f'<li class="{notice.level}"><strong>{number}. {notice.level}</strong><div><p>{breakable(notice.what)}</p>'
-            f'<p class="why">{safe(notice.why)}</p>'
+            f'<li class="{notice.code}"><strong>{number}. {notice.code}</strong><div><p>{breakable(notice.where)}</p>'
+            f'<p class="why">{safe(notice.found)}</p>'
             + (f'<p class="type">Type <code>{safe(notice.type_this)}</code>{hint}</p>' if notice.type_this else "")
             + (f"<details><summary>tensors</summary><ul>{names}</ul></details>" if len(notice.tensors) > 1 else "")
             + "</div></li>"

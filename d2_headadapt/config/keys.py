@@ -129,7 +129,7 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.
     node.PREDICTOR = "HeadAdaptOutputLayers"
 
-    # Classification tasks beside detection: task name -> its keys (see d2_headadapt/tasks/spec.py).
+    # Classification tasks beside detection: task name -> its keys (see docs/tasks.md).
     cfg.MODEL.TASKS = CfgNode(new_allowed=True)
 
     # MultiTaskClassifier: the backbone's feature (empty: its last one), "avg" or "flatten", and the (height, width) of

@@ -15,6 +15,7 @@ from ..adapt.detectron2_heads import CHOICES, declare_agnostic
 from ..data.datasets import resolve_table, training_table
 from ..data.task_spec import source_tables, task_specs
 from ..errors import ConfigError
+from ..key import HEAD_ADAPT, MODEL, Key
 from .keys import add_headadapt_config
 
 logger = logging.getLogger(__name__)
@@ -22,26 +23,26 @@ Named = ClassTable | str | Sequence[str]
 """One class list, as people write it: a table, a list of names, or a dataset, vocabulary or file by its name."""
 ATTRIBUTE = "head_adapt_settings"
 
-NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
+NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, Key], ...]] = {
     "GeneralizedRCNN": (
-        ("thing", "MODEL.ROI_HEADS.NUM_CLASSES"),
-        ("thing", "MODEL.POINT_HEAD.NUM_CLASSES"),
-        ("keypoint", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"),
+        ("thing", MODEL.ROI_HEADS.NUM_CLASSES),
+        ("thing", MODEL.POINT_HEAD.NUM_CLASSES),
+        ("keypoint", MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS),
     ),
     "ProposalNetwork": (),
-    "RetinaNet": (("thing", "MODEL.RETINANET.NUM_CLASSES"),),
-    "FCOS": (("thing", "MODEL.FCOS.NUM_CLASSES"),),
+    "RetinaNet": (("thing", MODEL.RETINANET.NUM_CLASSES),),
+    "FCOS": (("thing", MODEL.FCOS.NUM_CLASSES),),
     "SemanticSegmentor": (
-        ("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
-        ("stuff", "MODEL.POINT_HEAD.NUM_CLASSES"),
+        ("stuff", MODEL.SEM_SEG_HEAD.NUM_CLASSES),
+        ("stuff", MODEL.POINT_HEAD.NUM_CLASSES),
     ),
     "PanopticFPN": (
-        ("thing", "MODEL.ROI_HEADS.NUM_CLASSES"),
-        ("thing", "MODEL.POINT_HEAD.NUM_CLASSES"),
-        ("keypoint", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"),
-        ("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
+        ("thing", MODEL.ROI_HEADS.NUM_CLASSES),
+        ("thing", MODEL.POINT_HEAD.NUM_CLASSES),
+        ("keypoint", MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS),
+        ("stuff", MODEL.SEM_SEG_HEAD.NUM_CLASSES),
     ),
-    "PanopticDeepLab": (("stuff", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),),
+    "PanopticDeepLab": (("stuff", MODEL.SEM_SEG_HEAD.NUM_CLASSES),),
     "MultiTaskClassifier": (),
 }
 """The keys that each meta-architecture of detectron2 reads its class counts from."""
@@ -94,7 +95,7 @@ class AdaptSettings:
     text_file: str = ""
     text_names: Any = None
     weights: str = ""
-    agnostic: frozenset[str] = frozenset()
+    agnostic: frozenset[Key] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("target", "source"):
@@ -113,10 +114,10 @@ class AdaptSettings:
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
-                    f"MODEL.HEAD_ADAPT.{name.upper()}",
+                    HEAD_ADAPT[name.upper()],
                     expected=" or ".join(map(repr, choices)),
                     found=repr(getattr(self, name)),
-                    fix=f"Set MODEL.HEAD_ADAPT.{name.upper()} {choices[0]}.",
+                    fix=f"Set {HEAD_ADAPT[name.upper()].set(choices[0])}.",
                 )
 
     @classmethod
@@ -126,7 +127,7 @@ class AdaptSettings:
         source: Named | Mapping[str, Named] | None = None,
         **more: Any,
     ) -> AdaptSettings:
-        """Settings from plain names.
+        """Make settings from plain names.
 
         Args:
             target: what the model predicts: a list of names, or the name of a registered dataset, a vocabulary, or a
@@ -189,11 +190,11 @@ class AdaptSettings:
             if isinstance(value, str) and value.lower() == "none":
                 initialise.add(space)
             else:
-                table = resolve_table(value, key=f"MODEL.HEAD_ADAPT.{key}", space=space)
+                table = resolve_table(value, key=HEAD_ADAPT[key], space=space)
                 if table is not None:
                     source[space] = table
             key = f"TARGET_CLASSES{KEY_SUFFIXES[space]}"
-            table = resolve_table(node[key], key=f"MODEL.HEAD_ADAPT.{key}", space=space)
+            table = resolve_table(node[key], key=HEAD_ADAPT[key], space=space)
             if table is None:
                 table = training_table(cfg.DATASETS.TRAIN, space, required=required)
             if table is not None:
@@ -221,16 +222,8 @@ class AdaptSettings:
             str(node.TEXT.FILE),
             node.TEXT.NAMES,
             str(cfg.MODEL.WEIGHTS),
-            frozenset(key for key in CHOICES.values() if _is_set(cfg, key)),
+            frozenset(key for key in CHOICES.values() if key.of(cfg)),
         )
-
-
-def _is_set(cfg: CfgNode, key: str) -> bool:
-    """Whether a key that a project may not have added is there and true."""
-    node: Any = cfg
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return bool(node)
 
 
 def _by_space(value: Named | Mapping[str, Named] | None) -> Mapping[str, Named]:
@@ -238,7 +231,7 @@ def _by_space(value: Named | Mapping[str, Named] | None) -> Mapping[str, Named]:
 
 
 def _named(value: Named, key: str, space: str) -> ClassTable:
-    table = value if isinstance(value, ClassTable) else resolve_table(value, key=key, space=space)
+    table = value if isinstance(value, ClassTable) else resolve_table(value, key=Key(key), space=space)
     if table is None:
         raise ConfigError(
             f"{key}, {space!r}", expected="a class list", found="None", fix="Leave the label space out instead."
@@ -276,15 +269,10 @@ def apply_num_classes(cfg: CfgNode, target: Mapping[str, ClassTable]) -> list[st
     """
     lines: list[str] = []
     for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, NUM_CLASSES_KEYS["PanopticFPN"]):
-        *path, last = key.split(".")
-        node: Any = cfg
-        for name in path:
-            node = node.get(name) if node is not None else None
-        if node is None or last not in node or space not in target:
-            continue
-        if node[last] != len(target[space]):
-            lines.append(f"{key} was {node[last]}, is {len(target[space])}, the classes of {target[space].origin}")
-            node[last] = len(target[space])
+        count = key.of(cfg)
+        if count is not None and space in target and count != len(target[space]):
+            lines.append(f"{key!s} was {count}, is {len(target[space])}, the classes of {target[space].origin}")
+            key.put(cfg, len(target[space]))
     return lines
 
 

@@ -21,6 +21,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..adapt.classes import shorten
 from ..errors import ClassTableError, DatasetError
+from ..key import Key
 
 logger = logging.getLogger(__name__)
 Category = dict[str, Any]
@@ -65,7 +66,7 @@ def _parse(json_file: str, local: str) -> list[Category]:
                 payload = json.loads(file.read())
     except OSError as error:
         raise _unreadable(json_file, f"{type(error).__name__}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(json_file, f"damaged JSON: {error}") from error
     if categories is None:
         categories = payload.get("categories") if isinstance(payload, dict) else None
@@ -89,7 +90,7 @@ def keypoint_names(categories: Sequence[Category], json_file: str) -> list[str] 
     return None if first is None else list(first["keypoints"])
 
 
-def read_names(path: str, space: str, key: str) -> list[Any]:
+def read_names(path: str, space: str, key: Key) -> list[Any]:
     """The names in a .json (a list, ``{"names": [...]}`` or a COCO json) or in a .txt (one a line).
 
     Args:
@@ -115,7 +116,7 @@ def read_names(path: str, space: str, key: str) -> list[Any]:
             payload = {"categories": categories} if categories is not None else json.loads(file.read())
     except OSError as error:
         raise ClassTableError(key, expected="a readable file", found=str(error), fix="Correct the path.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ClassTableError(
             f"{key}, {path}", expected="valid JSON or text in UTF-8", found=str(error), fix="Write the file anew."
         ) from error

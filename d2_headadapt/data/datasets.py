@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from ..adapt.classes import ClassTable, did_you_mean, nearest
 from ..adapt.vocabularies import has_vocabulary, vocabulary, vocabulary_names
 from ..errors import ClassTableError, ConfigError, DatasetError
+from ..key import DATASETS, YAML, Key, Words
 from .categories import keypoint_names, read_categories, read_names
 from .entry import DatasetEntry, checked_entry
 from .entry import absolute_entries as absolute_entries
@@ -33,7 +34,7 @@ _loaded: dict[str, Callable[[], Any]] = {}
 _facts: dict[str, dict[str, TaskFacts]] = {}
 
 
-def register_datasets(entries: Sequence[Any], where: str = "DATASETS.REGISTER") -> None:
+def register_datasets(entries: Sequence[Any], where: Key = DATASETS.REGISTER) -> None:
     """Register COCO json datasets as detectron2's ``register_coco_instances`` does, and csv files of image labels.
 
     All entries are checked before the first is registered. An entry that is registered already, by an earlier call of
@@ -55,8 +56,8 @@ def register_datasets(entries: Sequence[Any], where: str = "DATASETS.REGISTER") 
     new: dict[str, DatasetEntry] = {}
     facts: dict[str, dict[str, TaskFacts]] = {}
     for i, raw in enumerate(entries):
-        entry = checked_entry(raw, f"{where}[{i}]")
-        place = f"{where}[{i}] ({entry.name!r})"
+        entry = checked_entry(raw, where[i])
+        place = f"{where[i]} ({entry.name!r})"
         if entry == new.get(entry.name) or _is_registered(entry):
             continue
         _check_name_is_free(entry, new, place)
@@ -74,7 +75,14 @@ def register_datasets(entries: Sequence[Any], where: str = "DATASETS.REGISTER") 
 
 
 def task_facts(name: str) -> Mapping[str, TaskFacts]:
-    """What the file of a dataset of :func:`register_datasets` says of its tasks; empty for any other dataset."""
+    """Look up what the file of a dataset says of its tasks.
+
+    Args:
+        name: of a dataset that :func:`register_datasets` registered; for any other the answer is empty.
+
+    Returns:
+        Task -> its level, and the classes that the file shows.
+    """
     entry, load = _registered.get(name, (None, None))
     ours = entry is not None and name in DatasetCatalog and DatasetCatalog[name] is load
     return _facts[name] if ours else {}
@@ -121,7 +129,7 @@ def _check_name_is_free(entry: DatasetEntry, new: Mapping[str, DatasetEntry], pl
         place,
         expected="a name that no other dataset has",
         found=taken,
-        fix="Give this entry a name of its own, and use that name in DATASETS.TRAIN and DATASETS.TEST.",
+        fix=f"Give this entry a name of its own, and use that name in {DATASETS.TRAIN} and {DATASETS.TEST}.",
     )
 
 
@@ -135,7 +143,7 @@ def _check_content(entry: DatasetEntry, place: str) -> None:
                 f"{place}.{key}",
                 expected="a folder" if key == "images" else "a file",
                 found=f"{path}, which is not there" if not PathManager.exists(path) else f"{path}, which is none",
-                fix="Correct the path; a relative one starts at the folder of the yaml that holds the entry.",
+                fix=f"Correct the path; a relative one starts at the folder of the {YAML} that holds the entry.",
             )
     # Metadata may be there first; loading sets thing_classes again, and detectron2 asserts that they agree.
     names = entry.thing_classes or MetadataCatalog.get(entry.name).get("thing_classes")
@@ -164,7 +172,7 @@ def dataset_table(name: str, space: str = "thing") -> ClassTable | None:
             f"dataset {name!r}",
             expected="a registered dataset",
             found="none of that name",
-            fix="Register it under DATASETS.REGISTER, or in a module given with --import."
+            fix=f"Register it under {DATASETS.REGISTER}, or in a module given with --import."
             + did_you_mean(name, DatasetCatalog.list()),
         )
     key = SPACE_METADATA.get(space)
@@ -220,7 +228,7 @@ def training_table(names: Sequence[str], space: str = "thing", *, required: bool
     """
     if isinstance(names, str):
         raise ConfigError(
-            "DATASETS.TRAIN",
+            DATASETS.TRAIN,
             expected="a list of datasets",
             found=repr(names),
             fix=f"Write ({names!r},), with the comma.",
@@ -234,14 +242,12 @@ def training_table(names: Sequence[str], space: str = "thing", *, required: bool
                 raise
             return None
         if table is not None and first is not None:
-            _refuse_difference(
-                first, table, "DATASETS.TRAIN", "Train on datasets with one and the same list of classes."
-            )
+            _refuse_difference(first, table, DATASETS.TRAIN, "Train on datasets with one and the same list of classes.")
         first = first or table
     return first
 
 
-def check_same_classes(expected: ClassTable, dataset: str, space: str = "thing", where: str = "DATASETS.TEST") -> None:
+def check_same_classes(expected: ClassTable, dataset: str, space: str = "thing", where: Key = DATASETS.TEST) -> None:
     """Refuse a dataset whose classes in ``space`` are not ``expected``, name by name and in that order.
 
     A dataset without classes in ``space`` passes.
@@ -259,7 +265,7 @@ def check_same_classes(expected: ClassTable, dataset: str, space: str = "thing",
         )
 
 
-def _refuse_difference(expected: ClassTable, found: ClassTable, where: str, fix: str) -> None:
+def _refuse_difference(expected: ClassTable, found: ClassTable, where: Words, fix: str) -> None:
     if expected.names == found.names:
         return
     pairs = zip(expected.names, found.names, strict=False)
@@ -275,7 +281,7 @@ def _refuse_difference(expected: ClassTable, found: ClassTable, where: str, fix:
     )
 
 
-def resolve_table(value: Any, *, key: str, space: str = "thing") -> ClassTable | None:
+def resolve_table(value: Any, *, key: Key, space: str = "thing") -> ClassTable | None:
     """The table that a user named under a ``..._CLASSES`` key.
 
     Args:
@@ -292,9 +298,10 @@ def resolve_table(value: Any, *, key: str, space: str = "thing") -> ClassTable |
     if value is None:
         return None
     if isinstance(value, (list, tuple)):
-        return ClassTable(value, origin=key)
+        return ClassTable(value, origin=str(key))
     if not isinstance(value, str) or not value.strip():
-        quoted = f"Put it in quotes: {key} \"'{value}'\", or as a name of a list {key} \"['{value}']\"."
+        text = f"\"'{value}'\""
+        quoted = f"Put it in quotes: {key.set(text)}, or as a name of a list {key.set([str(value)])}."
         raise ClassTableError(
             key,
             expected="a dataset, a vocabulary, a file or a list of names",
@@ -308,7 +315,7 @@ def resolve_table(value: Any, *, key: str, space: str = "thing") -> ClassTable |
                 key,
                 expected=f"a dataset with {SPACE_METADATA.get(space, space)}",
                 found=f"{value!r}, which has none",
-                fix=f"Name another dataset, or list the names: {key} \"['first', 'second']\".",
+                fix=f"Name another dataset, or list the names: {key.set(['first', 'second'])}.",
             )
         return table
     if has_vocabulary(value):
@@ -324,5 +331,5 @@ def resolve_table(value: Any, *, key: str, space: str = "thing") -> ClassTable |
         found=f"{value!r}, which is {missing}",
         fix=f"Nearest datasets: {', '.join(nearest(value, DatasetCatalog.list())) or 'none'}. Vocabularies: "
         f"{', '.join(nearest(value, vocabulary_names()) or vocabulary_names())}. Names are written as a list: "
-        f'{key} "{names}".',
+        f"{key.set(names)}.",
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..adapt.classes import did_you_mean
 from ..errors import ConfigError
+from ..key import Either, Key, pairs
 
 MISSING = ("", "NA")
 """Values that stand for a label that nobody gave, unless an entry names others."""
@@ -37,8 +38,13 @@ class DatasetEntry:
     """One entry of DATASETS.REGISTER, checked; equal entries register the same dataset.
 
     Args:
+        name: of the dataset in detectron2's catalog.
         json, csv: one of them is the file of labels.
         images: folder that the file names of images start at.
+        thing_classes: class names by ascending category id, where the json has none to trust.
+        keypoint_names: names of the keypoints.
+        keypoint_flip_map: pairs of keypoint names that change places when an image is mirrored.
+        extra_keys: keys of each annotation that the dataset dicts keep.
         tasks: pairs of a task and the column that it is in (csv), or its level ``"image"``, ``"box"`` or ``""`` for
             what the file shows (json).
         file: pattern of a row's file name, ``"{id}.jpg"`` with a column ``id``.
@@ -68,6 +74,7 @@ class DatasetEntry:
 
     @property
     def metadata(self) -> dict[str, Any]:
+        """What detectron2's ``MetadataCatalog`` is told of the dataset."""
         if self.csv is not None:
             return {"csv_file": self.csv, "image_root": self.images, "evaluator_type": "tasks"}
         # Lists, because load_coco_json sets thing_classes to a list later and detectron2 wants old and new to be equal.
@@ -103,14 +110,14 @@ def _absolute(path: Any, base_dir: str) -> Any:
     return f"{base_dir.rstrip('/')}/{path}" if "://" in base_dir else os.path.abspath(os.path.join(base_dir, path))
 
 
-def checked_entry(raw: Any, place: str) -> DatasetEntry:
+def checked_entry(raw: Any, place: Key) -> DatasetEntry:
     keys = [f.name for f in fields(DatasetEntry)]
     if not isinstance(raw, Mapping):
         raise ConfigError(
             place,
             expected="a mapping with name, json and images",
             found=f"{raw!r} ({type(raw).__name__})",
-            fix="Write {name: my_train, json: train.json, images: train/}.",
+            fix=f"Write {pairs({'name': 'my_train', 'json': 'train.json', 'images': 'train/'})}.",
         )
     for key in raw:
         if key not in keys:
@@ -125,7 +132,7 @@ def checked_entry(raw: Any, place: str) -> DatasetEntry:
     foreign = [key for key in (*(_OF_CSV if labels == "json" else _OF_JSON), "json") if key in values and key != labels]
     if foreign:
         raise ConfigError(
-            f"{place}.{foreign[0]}",
+            place[foreign[0]],
             expected=f"no such key in an entry with {labels}",
             found=repr(values[foreign[0]]),
             fix=f"Remove it, or {labels}.",
@@ -133,25 +140,25 @@ def checked_entry(raw: Any, place: str) -> DatasetEntry:
     for key in ("name", labels, "images", *(("file",) if labels == "csv" else ())):
         if not isinstance(values.get(key), str) or not values[key]:
             found = f"{values[key]!r} ({type(values[key]).__name__})" if key in values else "nothing"
-            raise ConfigError(f"{place}.{key}", expected="a string", found=found, fix=f"Give {key}, in quotes.")
+            raise ConfigError(place[key], expected="a string", found=found, fix=f"Give {key}, in quotes.")
     for key in ("thing_classes", "keypoint_names", "extra_keys"):
         if key in values:
-            values[key] = _strings(values[key], f"{place}.{key}")
+            values[key] = _strings(values[key], place[key])
     if "keypoint_flip_map" in values:
-        values["keypoint_flip_map"] = _flip_map(values, f"{place}.keypoint_flip_map")
+        values["keypoint_flip_map"] = _flip_map(values, place.keypoint_flip_map)
     if "missing" in values:
         one = values["missing"]
-        values["missing"] = _strings([one] if isinstance(one, str) else one, f"{place}.missing")
+        values["missing"] = _strings([one] if isinstance(one, str) else one, place.missing)
     if "separator" in values and (not isinstance(values["separator"], str) or not values["separator"]):
         raise ConfigError(
-            f"{place}.separator", expected="a string", found=repr(values["separator"]), fix='Write "|", in quotes.'
+            place.separator, expected="a string", found=repr(values["separator"]), fix='Write "|", in quotes.'
         )
-    values["split"] = _split(values.get("split"), f"{place}.split")
-    values["tasks"] = _tasks(values.get("tasks"), labels, f"{place}.tasks")
+    values["split"] = _split(values.get("split"), place.split)
+    values["tasks"] = _tasks(values.get("tasks"), labels, place.tasks)
     return DatasetEntry(**{"json": None, **values})
 
 
-def _split(value: Any, place: str) -> Split | None:
+def _split(value: Any, place: Key) -> Split | None:
     if value is None:
         return None
     keys = [f.name for f in fields(Split)]
@@ -165,24 +172,27 @@ def _split(value: Any, place: str) -> Split | None:
         and isinstance(seed, int)
     )
     if not good:
+        part = Either("part: test", 'part="test"')
         raise ConfigError(
             place,
             expected="part (train or test), held_out (a share between 0 and 1) and seed (a whole number)",
             found=repr(value),
-            fix="Write {part: train, held_out: 0.25, seed: 0}, and part: test in the entry that evaluates.",
+            fix=f"Write {pairs({'part': 'train', 'held_out': 0.25, 'seed': 0})}, and "
+            f"{part} in the entry that evaluates.",
         )
     return Split(**found)
 
 
-def _tasks(value: Any, labels: str, place: str) -> tuple[tuple[str, str], ...]:
+def _tasks(value: Any, labels: str, place: Key) -> tuple[tuple[str, str], ...]:
     """Pairs of a task and its column (csv) or level (json, empty where the file shall tell)."""
     if isinstance(value, (list, tuple)):
         value = {task: task if labels == "csv" else "" for task in _strings(value, place)}
     if not value and labels == "json":
         return ()
-    wants, example = "a mapping from tasks to columns", "{colour: colour_column}"
+    wants, example = "a mapping from tasks to columns", pairs({"colour": "colour_column"})
     if labels == "json":
-        wants, example = "a list of tasks, or a mapping from tasks to {on: image} or {on: box}", "{colour: {on: box}}"
+        wants = f"a list of tasks, or a mapping from tasks to {pairs({'on': 'image'})} or {pairs({'on': 'box'})}"
+        example = pairs({"colour": {"on": "box"}})
         if isinstance(value, Mapping):
             # A bare `on` is a truth value in YAML 1.1.
             value = {
@@ -196,13 +206,13 @@ def _tasks(value: Any, labels: str, place: str) -> tuple[tuple[str, str], ...]:
     return tuple(value.items())
 
 
-def _strings(value: Any, place: str) -> tuple[str, ...]:
+def _strings(value: Any, place: Key) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise ConfigError(place, expected="a list of strings", found=repr(value), fix="Put each name in quotes.")
     return tuple(value)
 
 
-def _flip_map(values: Mapping[str, Any], place: str) -> tuple[tuple[str, str], ...]:
+def _flip_map(values: Mapping[str, Any], place: Key) -> tuple[tuple[str, str], ...]:
     value = values["keypoint_flip_map"]
     pairs = [_strings(pair, place) for pair in value] if isinstance(value, (list, tuple)) else [()]
     names = values.get("keypoint_names")

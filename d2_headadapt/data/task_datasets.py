@@ -11,6 +11,7 @@ from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
 from ..adapt.classes import did_you_mean
 from ..errors import ConfigError, DatasetError
+from ..key import DATASETS, TASKS
 from .datasets import set_task_labels, task_facts
 from .task_spec import TaskSpec, task_specs
 
@@ -50,7 +51,7 @@ def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), required: bool = Fal
         for task in facts:
             if task in specs and specs[task].on != facts[task].level:
                 raise ConfigError(
-                    f"MODEL.TASKS.{task}.on",
+                    TASKS[task].on,
                     expected=f"{facts[task].level}, because dataset {name!r} has {facts[task].source}",
                     found=repr(specs[task].on),
                     fix=f"Set it to {facts[task].level}, or label the other level.",
@@ -63,7 +64,7 @@ def say_unused_tasks(cfg: CfgNode) -> None:
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
         unused = [task for task in task_facts(name) if task not in cfg.MODEL.get("TASKS", {})]
         if unused:
-            logger.info("Dataset %r has labels of tasks that MODEL.TASKS has not: %s.", name, ", ".join(unused))
+            logger.info("Dataset %r has labels of tasks that %s has not: %s.", name, TASKS, ", ".join(unused))
 
 
 def _refuse_unlabelled(task: str, names: Sequence[str]) -> None:
@@ -75,7 +76,7 @@ def _without_labels(task: str, names: Sequence[str]) -> DatasetError:
     sources = [f"{task_facts(name)[task].source} in dataset {name!r}" for name in names if task in task_facts(name)]
     known = {other for name in names for other in MetadataCatalog.get(name).get("task_levels", {})} - {task}
     return DatasetError(
-        f"MODEL.TASKS.{task}",
+        TASKS[task],
         expected="a label somewhere in the training data",
         found=f"none in {' or '.join(sources)}" if sources else f"no such task in {', '.join(map(repr, names))}",
         fix=f"Label it, or remove the task.{did_you_mean(task, known)}",
@@ -121,7 +122,7 @@ def training_dicts(cfg: CfgNode, specs: Sequence[TaskSpec] | None = None) -> lis
 
 
 def every_training_dict(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Load the dataset dicts of ``DATASETS.TRAIN``, those of images without objects included; ids are contiguous.
+    """Load the dataset dicts of ``DATASETS.TRAIN`` of ``cfg``, images without objects included; ids are contiguous.
 
     Raises:
         DatasetError: a dataset that shows no image, or whose labels do not fit its classes.
@@ -132,7 +133,7 @@ def every_training_dict(cfg: CfgNode) -> list[dict[str, Any]]:
         dicts: list[dict[str, Any]] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
     except AssertionError as exc:
         raise DatasetError(
-            "DATASETS.TRAIN", expected="datasets with images", found=str(exc), fix="Correct the dataset."
+            DATASETS.TRAIN, expected="datasets with images", found=str(exc), fix="Correct the dataset."
         ) from exc
     return dicts
 

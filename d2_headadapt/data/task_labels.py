@@ -21,6 +21,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..adapt.classes import ClassTable, did_you_mean
 from ..errors import DatasetError
+from ..key import DATASETS, TASKS, pairs
 from .entry import DatasetEntry
 
 MISSING = -1
@@ -82,7 +83,7 @@ def survey(entry: DatasetEntry) -> dict[str, TaskFacts]:
                 f"{entry.labels}, task {task!r}",
                 expected="attributes of either images or annotations",
                 found="some of both",
-                fix=f"Say which under DATASETS.REGISTER: tasks: {{{task}: {{on: box}}}}.",
+                fix=f"Say which under {DATASETS.REGISTER}: {pairs({task: {'on': 'box'}}, 'tasks')}.",
             )
         level = level or (used[0] if used else "box")
         found[task] = _facts(level, f"attribute {task!r} of {entry.labels}", by_level[level])
@@ -130,7 +131,8 @@ class _Coder:
                 place,
                 expected=f"one label for task {self.task!r}",
                 found=repr(labels),
-                fix=f"Set MODEL.TASKS.{self.task}.kind multi, or another separator in the entry of DATASETS.REGISTER.",
+                fix=f"Set {TASKS[self.task].kind.set('multi')}, or another separator in the entry of "
+                f"{DATASETS.REGISTER}.",
             )
         return indices[0]
 
@@ -144,7 +146,7 @@ class _Coder:
             place,
             expected=f"one of the {size} classes of task {self.task!r}, or its index",
             found=repr(label),
-            fix=f"Correct the label, or add it to MODEL.TASKS.{self.task}.classes.{near}",
+            fix=f"Correct the label, or add it to {TASKS[self.task].classes}.{near}",
         )
 
 
@@ -174,7 +176,7 @@ def _rows(entry: DatasetEntry) -> list[tuple[int, dict[str, str]]]:
                     f"{path}, which dataset {entry.name!r} reads",
                     expected=f"one column {column!r}, which its {key} names",
                     found=f"{'two of them' if column in header else 'none'}; there are {', '.join(header)}",
-                    fix=f"Correct {key} under DATASETS.REGISTER, or the file.{did_you_mean(column, header)}",
+                    fix=f"Correct {key} under {DATASETS.REGISTER}, or the file.{did_you_mean(column, header)}",
                 )
     return [(number, dict(zip(header, cells, strict=True))) for number, cells in lines[1:]]
 
@@ -187,7 +189,7 @@ def _columns_of(entry: DatasetEntry) -> list[str]:
             f"dataset {entry.name!r}, file",
             expected='a pattern such as "{id}.jpg"',
             found=f"{entry.file!r} ({error})",
-            fix="Correct it under DATASETS.REGISTER.",
+            fix=f"Correct it under {DATASETS.REGISTER}.",
         ) from error
 
 
@@ -229,7 +231,7 @@ def _load_csv(entry: DatasetEntry, coders: Mapping[str, _Coder]) -> list[dict[st
             f"dataset {entry.name!r}, images",
             expected=f"the images of {entry.csv}",
             found=f"no file {gone[0]}; {len(gone)} of {len(dicts)} images are not there",
-            fix="Correct images or file under DATASETS.REGISTER.",
+            fix=f"Correct images or file under {DATASETS.REGISTER}.",
         )
     return dicts
 
@@ -242,7 +244,7 @@ def _read_json(entry: DatasetEntry) -> dict[str, list[dict[str, Any]]]:
     try:
         with PathManager.open(path, "r", encoding="utf-8") as file:
             content = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}", expected) from error
     for key in ("images", "annotations"):
         items = content.get(key) if isinstance(content, dict) else None

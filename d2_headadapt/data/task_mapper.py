@@ -16,6 +16,7 @@ from detectron2.data import DatasetMapper, build_detection_test_loader, build_de
 from detectron2.data import transforms as T
 
 from ..errors import DatasetError
+from ..key import TASKS
 from .task_datasets import settle_tasks, training_dicts
 from .task_labels import MISSING
 from .task_spec import TaskSpec, task_specs
@@ -45,6 +46,7 @@ class TaskMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """Read the parent's arguments and the tasks; a classifier of flattened maps gets images of its one size."""
         found: dict[str, Any] = super().from_config(cfg, is_train)
         if cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier" and cfg.MODEL.CLASSIFIER.POOLING == "flatten":
             # Flattened features have one width, so images have one size, which detectron2 has no key for.
@@ -100,7 +102,7 @@ def label_tensor(label: Any, spec: TaskSpec, place: str) -> torch.Tensor:
             expected=f"{'a list of indices' if spec.multi else 'an index'} below {size}, the number of classes of task "
             f"{spec.name!r}",
             found=repr(label),
-            fix="Correct the labels under the key tasks, or classes and kind under MODEL.TASKS.",
+            fix=f"Correct the labels under the key tasks, or classes and kind under {TASKS}.",
         )
     if not spec.multi:
         return torch.tensor(int(label))
@@ -116,7 +118,7 @@ def label_tensors(labels: Iterable[Any], spec: TaskSpec, place: str) -> torch.Te
 
 
 def build_task_train_loader(cfg: CfgNode, **kwargs: Any) -> Iterable[list[Mapping[str, Any]]]:
-    """detectron2's training loader over :func:`.task_datasets.training_dicts` with a :class:`TaskMapper`.
+    """Build detectron2's training loader over :func:`.task_datasets.training_dicts` with a :class:`TaskMapper`.
 
     Args:
         cfg: its datasets are registered.
@@ -134,7 +136,7 @@ def build_task_train_loader(cfg: CfgNode, **kwargs: Any) -> Iterable[list[Mappin
 
 
 def build_task_test_loader(cfg: CfgNode, name: str, **kwargs: Any) -> Iterable[list[Mapping[str, Any]]]:
-    """detectron2's test loader of one dataset with a :class:`TaskMapper`; labels are those of the config's tasks.
+    """Build detectron2's test loader of one dataset with a :class:`TaskMapper`; labels are those of the config's tasks.
 
     Args:
         cfg: its datasets are registered.
@@ -156,7 +158,11 @@ one image. Those on boxes are fields ``gt_<task>`` of the instances.
 
 
 def mapper_at_test_size(cfg: CfgNode) -> Mapper:
-    """Images as the model will see them when it predicts, with their labels, and without any augmentation."""
+    """Make a mapper to images as the model will see them when it predicts, with labels, without augmentation.
+
+    Args:
+        cfg: whose ``INPUT`` keys count, those for tests.
+    """
     size = cfg.INPUT.MIN_SIZE_TEST
     kind: Callable[..., Mapper] = DatasetMapper
     augmentations = [T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)] if size else []

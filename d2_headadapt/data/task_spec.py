@@ -13,11 +13,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..adapt.classes import SPACES, ClassTable, did_you_mean
 from ..errors import ConfigError, DatasetError
+from ..key import DATASETS, TASKS, pairs
 from .datasets import resolve_table
 
 LEVELS = ("image", "box")
 KINDS = ("single", "multi")
-DEFAULTS: Mapping[str, Any] = {
+TASK_DEFAULTS: Mapping[str, Any] = {
     "on": None,
     "classes": None,
     "source_classes": None,
@@ -61,7 +62,7 @@ class TaskSpec:
 
 
 def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -> tuple[TaskSpec, ...]:
-    """The tasks of a config, in its order.
+    """Read the tasks of a config, in its order.
 
     Args:
         cfg: with ``MODEL.TASKS``; without the key there is none.
@@ -75,7 +76,7 @@ def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -
     Example:
         >>> from detectron2.config import CfgNode, get_cfg
         >>> from d2_headadapt import add_headadapt_config
-        >>> from d2_headadapt.data.task_spec import task_specs
+        >>> from d2_headadapt.data import task_specs
         >>> cfg = get_cfg()
         >>> add_headadapt_config(cfg)
         >>> cfg.MODEL.TASKS.colour = CfgNode({"on": "box", "classes": ["red", "blue"], "loss_weight": 0.5})
@@ -101,7 +102,7 @@ def source_tables(cfg: CfgNode) -> dict[str, ClassTable | None]:
         if isinstance(value, str) and value.lower() == "none":
             found[name] = None
         elif value is not None:
-            table = resolve_table(value, key=f"MODEL.TASKS.{name}.source_classes", space=name)
+            table = resolve_table(value, key=TASKS[name].source_classes, space=name)
             if table is not None:
                 found[name] = table
     return found
@@ -111,7 +112,7 @@ def complete_tasks(cfg: CfgNode) -> None:
     """Write every key that a task leaves out, so that a command line can set it, and a wrong key is an error there."""
     for name, node in cfg.MODEL.TASKS.items():
         if isinstance(node, Mapping):
-            cfg.MODEL.TASKS[name] = CfgNode({**DEFAULTS, **node})
+            cfg.MODEL.TASKS[name] = CfgNode({**TASK_DEFAULTS, **node})
 
 
 def checked_task(name: Any, node: Any) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     Raises:
         ConfigError: where the entry, a key or a value cannot be used.
     """
-    place = f"MODEL.TASKS.{name}"
+    place = TASKS[str(name)]
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name) or name in SPACES:
         raise ConfigError(
             place,
@@ -131,19 +132,19 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     if not isinstance(node, Mapping):
         raise ConfigError(
             place,
-            expected=f"a mapping with the keys {', '.join(DEFAULTS)}",
+            expected=f"a mapping with the keys {', '.join(TASK_DEFAULTS)}",
             found=repr(node),
-            fix=f'Write {name}: {{"on": box, classes: [first, second]}}.',
+            fix=f"Write {pairs({'on': 'box', 'classes': ['first', 'second']}, str(name))}.",
         )
     # A bare `on` is a truth value in YAML 1.1.
-    values = {**DEFAULTS, **{"on" if key is True else key: value for key, value in node.items()}}
+    values = {**TASK_DEFAULTS, **{"on" if key is True else key: value for key, value in node.items()}}
     for key in values:
-        if key not in DEFAULTS:
+        if key not in TASK_DEFAULTS:
             raise ConfigError(
-                f"{place}.{key}",
-                expected=f"one of {', '.join(DEFAULTS)}",
+                place[str(key)],
+                expected=f"one of {', '.join(TASK_DEFAULTS)}",
                 found=repr(key),
-                fix=f"Remove or rename it.{did_you_mean(str(key), DEFAULTS)}",
+                fix=f"Remove or rename it.{did_you_mean(str(key), TASK_DEFAULTS)}",
             )
 
     def number(key: str, low: float) -> bool:
@@ -159,12 +160,12 @@ def checked_task(name: Any, node: Any) -> dict[str, Any]:
     )
     for key, good, expected in checks:
         if not good:
-            raise ConfigError(f"{place}.{key}", expected=expected, found=repr(values[key]), fix="Correct the key.")
+            raise ConfigError(place[key], expected=expected, found=repr(values[key]), fix="Correct the key.")
     return values
 
 
 def _classes(cfg: CfgNode, name: str, values: Mapping[str, Any], required: bool) -> ClassTable | None:
-    key = f"MODEL.TASKS.{name}.classes"
+    key = TASKS[name].classes
     if values["classes"] is not None:
         return resolve_table(values["classes"], key=key, space=name)
     first: ClassTable | None = None
@@ -178,15 +179,16 @@ def _classes(cfg: CfgNode, name: str, values: Mapping[str, Any], required: bool)
                 key,
                 expected=f"the {len(first)} classes of {first.origin}",
                 found=f"another list in {table.origin} ({len(table)} classes)",
-                fix=f"List the classes of both: {key} \"['first', 'second']\".",
+                fix=f"List the classes of both: {key.set(['first', 'second'])}.",
             )
         first = first or table
     if first is None and required:
         raise ConfigError(
             key,
             expected="the classes of the task",
-            found=f"none, and no dataset of DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} tells them",
-            fix=f"List them: {name}: {{classes: [first, second]}}, or name the task's column under DATASETS.REGISTER.",
+            found=f"none, and no dataset of {DATASETS.TRAIN} {tuple(cfg.DATASETS.TRAIN)} tells them",
+            fix=f"List them: {pairs({'classes': ['first', 'second']}, name)}, or name the task's column under "
+            f"{DATASETS.REGISTER}.",
         )
     return first
 
@@ -217,7 +219,7 @@ def _weights(cfg: CfgNode, name: str, value: Any, table: ClassTable) -> tuple[fl
     good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == len(table)
     if not good or not all(isinstance(w, (int, float)) and w >= 0 for w in value):
         raise ConfigError(
-            f"MODEL.TASKS.{name}.class_weights",
+            TASKS[name].class_weights,
             expected=f"balanced, or {len(table)} numbers from 0 on, one for each class of {table.origin}",
             found=repr(value),
             fix="Correct the key.",

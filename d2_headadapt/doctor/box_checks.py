@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import DatasetError
 from .coco_json import BOX_BROKEN, BOX_GOOD, Labels
 from .finding import DoctorContext, Finding, check
 from .reading import detected, place, some
@@ -27,10 +28,12 @@ def boxes_are_numbers(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA221",
                 "error",
-                place(name, labels),
-                f"no such bbox in {some(broken, labels)}",
-                "[x, y, width, height], four numbers in pixels",
-                "Correct or remove these annotations.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"no such bbox in {some(broken, labels)}",
+                    expected="[x, y, width, height], four numbers in pixels",
+                    fix="Correct or remove these annotations.",
+                ),
             )
 
 
@@ -45,11 +48,13 @@ def boxes_have_area(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA222",
                 "error" if everything else "warning",
-                place(name, labels),
-                f"a width or height that is not positive, or no number, in {some(flat, labels)}: {_text(first)}; "
-                "training leaves these objects out",
-                "[x, y, width, height] with a positive width and height",
-                "Correct or remove these annotations.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"a width or height that is not positive, or no number, in {some(flat, labels)}: "
+                    f"{_text(first)}; training leaves these objects out",
+                    expected="[x, y, width, height] with a positive width and height",
+                    fix="Correct or remove these annotations.",
+                ),
             )
 
 
@@ -62,11 +67,13 @@ def boxes_are_corners(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA223",
                 "error",
-                place(name, labels),
-                f"{int(over.sum())} of {len(over)} boxes leave their image, but nearly all fit as x1, y1, x2, y2: "
-                f"{_text(labels.boxes[first])}, {labels.annotation(first)}, {_size(labels, first)}",
-                "[x, y, width, height]",
-                "Write width x2 - x1 and height y2 - y1 into the json in place of x2 and y2.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{int(over.sum())} of {len(over)} boxes leave their image, but nearly all fit as x1, y1, "
+                    f"x2, y2: {_text(labels.boxes[first])}, {labels.annotation(first)}, {_size(labels, first)}",
+                    expected="[x, y, width, height]",
+                    fix="Write width x2 - x1 and height y2 - y1 into the json in place of x2 and y2.",
+                ),
             )
 
 
@@ -78,11 +85,13 @@ def boxes_are_relative(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA224",
                 "error",
-                place(name, labels),
-                f"no number above 1 in any box: {_text(labels.boxes[first])}, {labels.annotation(first)}, "
-                f"{_size(labels, first)}",
-                "[x, y, width, height] in pixels",
-                "Multiply x and width by the width of the image, y and height by its height.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"no number above 1 in any box: {_text(labels.boxes[first])}, {labels.annotation(first)}, "
+                    f"{_size(labels, first)}",
+                    expected="[x, y, width, height] in pixels",
+                    fix="Multiply x and width by the width of the image, y and height by its height.",
+                ),
             )
 
 
@@ -96,11 +105,14 @@ def boxes_are_inside(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA225",
                 "warning",
-                place(name, labels),
-                f"{int(over.sum())} of {len(over)} boxes leave their image, the farthest by {overhang[worst]:.0f} "
-                f"pixels: {_text(labels.boxes[worst])}, {labels.annotation(worst)}, {_size(labels, worst)}",
-                "boxes inside: training cuts them at the edge, evaluation does not",
-                "Cut them off, or correct width and height of the images.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{int(over.sum())} of {len(over)} boxes leave their image, the farthest by "
+                    f"{overhang[worst]:.0f} "
+                    f"pixels: {_text(labels.boxes[worst])}, {labels.annotation(worst)}, {_size(labels, worst)}",
+                    expected="boxes inside: training cuts them at the edge, evaluation does not",
+                    fix="Cut them off, or correct width and height of the images.",
+                ),
             )
 
 

@@ -19,23 +19,24 @@ from detectron2.modeling import (
     StandardROIHeads,
 )
 
-from ..adapt.classes import did_you_mean
-from .config_checks import DETECTION
-from .finding import DoctorContext, Finding, check, is_stock, value_of
+from ..config.registries import not_registered
+from ..key import MODEL, Key
+from ..setup.task_checks import WITH_ROI_HEADS
+from .finding import DoctorContext, Finding, check, is_stock
 
-COMPONENTS: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
-    ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, ()),
-    ("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork")),
-    ("MODEL.ANCHOR_GENERATOR.NAME", ANCHOR_GENERATOR_REGISTRY, (*DETECTION, "ProposalNetwork", "RetinaNet")),
-    ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, DETECTION),
-    ("MODEL.SEM_SEG_HEAD.NAME", SEM_SEG_HEADS_REGISTRY, ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")),
+COMPONENTS: tuple[tuple[Key, Any, tuple[str, ...]], ...] = (
+    (MODEL.BACKBONE.NAME, BACKBONE_REGISTRY, ()),
+    (MODEL.PROPOSAL_GENERATOR.NAME, PROPOSAL_GENERATOR_REGISTRY, (*WITH_ROI_HEADS, "ProposalNetwork")),
+    (MODEL.ANCHOR_GENERATOR.NAME, ANCHOR_GENERATOR_REGISTRY, (*WITH_ROI_HEADS, "ProposalNetwork", "RetinaNet")),
+    (MODEL.ROI_HEADS.NAME, ROI_HEADS_REGISTRY, WITH_ROI_HEADS),
+    (MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS_REGISTRY, ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")),
 )
-HEADS: tuple[tuple[str, Any, str], ...] = (
-    ("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY, ""),
-    ("MODEL.ROI_MASK_HEAD.NAME", ROI_MASK_HEAD_REGISTRY, "MASK_ON"),
-    ("MODEL.ROI_KEYPOINT_HEAD.NAME", ROI_KEYPOINT_HEAD_REGISTRY, "KEYPOINT_ON"),
+HEADS: tuple[tuple[Key, Any, Key | None], ...] = (
+    (MODEL.ROI_BOX_HEAD.NAME, ROI_BOX_HEAD_REGISTRY, None),
+    (MODEL.ROI_MASK_HEAD.NAME, ROI_MASK_HEAD_REGISTRY, MODEL.MASK_ON),
+    (MODEL.ROI_KEYPOINT_HEAD.NAME, ROI_KEYPOINT_HEAD_REGISTRY, MODEL.KEYPOINT_ON),
 )
-"""Key, registry, and the switch under MODEL; Res5ROIHeads builds no box head."""
+"""Key, registry, and the switch; Res5ROIHeads builds no box head."""
 
 
 @check(
@@ -47,32 +48,24 @@ HEADS: tuple[tuple[str, Any, str], ...] = (
 def components(context: DoctorContext) -> Iterator[Finding]:
     cfg = context.cfg
     architecture = cfg.MODEL.META_ARCHITECTURE
-    yield from _unregistered(cfg, "MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY)
+    yield from _unregistered(cfg, MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY)
     if not is_stock(META_ARCH_REGISTRY, architecture):
         return
     for key, registry, readers in COMPONENTS:
         if architecture in readers or not readers:
             yield from _unregistered(cfg, key, registry)
     heads = cfg.MODEL.ROI_HEADS.NAME
-    if architecture not in DETECTION or heads not in ROI_HEADS_REGISTRY:
+    if architecture not in WITH_ROI_HEADS or heads not in ROI_HEADS_REGISTRY:
         return
     found = ROI_HEADS_REGISTRY.get(heads)
     if found.__module__.partition(".")[0] in ("detectron2", __name__.partition(".")[0]):
         for key, registry, switch in HEADS:
-            if cfg.MODEL[switch] if switch else issubclass(found, StandardROIHeads):
+            if switch.of(cfg) if switch else issubclass(found, StandardROIHeads):
                 yield from _unregistered(cfg, key, registry)
 
 
-def _unregistered(cfg: CfgNode, key: str, registry: Any) -> Iterator[Finding]:
-    name = value_of(cfg, key)
+def _unregistered(cfg: CfgNode, key: Key, registry: Any) -> Iterator[Finding]:
+    name = key.of(cfg)
     # detectron2's builder knows one name that stands for none.
-    if name not in registry and (key, name) != ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"):
-        known = [entry for entry, _ in registry]
-        yield Finding(
-            "HA128",
-            "error",
-            key,
-            f"{name!r}, which nobody registered",
-            f"a component of the registry {registry._name}: {', '.join(known[:6])}{', ...' if len(known) > 6 else ''}",
-            f"Correct it, or name the module that registers it with --import.{did_you_mean(str(name), known)}",
-        )
+    if name not in registry and (key, name) != (MODEL.PROPOSAL_GENERATOR.NAME, "PrecomputedProposals"):
+        yield Finding("HA128", "error", not_registered(registry, key, name))

@@ -12,24 +12,24 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from ..adapt.classes import nearest
 from ..config.settings import NUM_CLASSES_KEYS
 from ..data.datasets import check_same_classes, dataset_table
-from ..errors import DatasetError, HeadAdaptError
-from ..setup.task_checks import check_tasks
+from ..errors import ConfigError, DatasetError, HeadAdaptError
+from ..key import DATASETS, HEAD_ADAPT, MODEL, Key
+from ..setup.task_checks import WITH_ROI_HEADS, check_tasks
 from ..setup.yaml import all_keys
-from .finding import DoctorContext, Finding, Severity, check, is_stock, value_of
+from .finding import DoctorContext, Finding, Severity, check, finding_of, is_stock
 
-DETECTION = ("GeneralizedRCNN", "PanopticFPN")
 SEGMENTATION = ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")
 READERS = {
-    "MODEL.ROI_HEADS": DETECTION,
-    "MODEL.ROI_BOX_HEAD": DETECTION,
-    "MODEL.ROI_BOX_CASCADE_HEAD": DETECTION,
-    "MODEL.ROI_MASK_HEAD": DETECTION,
-    "MODEL.ROI_KEYPOINT_HEAD": DETECTION,
-    "MODEL.MASK_ON": DETECTION,
-    "MODEL.KEYPOINT_ON": DETECTION,
-    "MODEL.RETINANET": ("RetinaNet",),
-    "MODEL.SEM_SEG_HEAD": SEGMENTATION,
-    "MODEL.PANOPTIC_FPN": ("PanopticFPN",),
+    MODEL.ROI_HEADS: WITH_ROI_HEADS,
+    MODEL.ROI_BOX_HEAD: WITH_ROI_HEADS,
+    MODEL.ROI_BOX_CASCADE_HEAD: WITH_ROI_HEADS,
+    MODEL.ROI_MASK_HEAD: WITH_ROI_HEADS,
+    MODEL.ROI_KEYPOINT_HEAD: WITH_ROI_HEADS,
+    MODEL.MASK_ON: WITH_ROI_HEADS,
+    MODEL.KEYPOINT_ON: WITH_ROI_HEADS,
+    MODEL.RETINANET: ("RetinaNet",),
+    MODEL.SEM_SEG_HEAD: SEGMENTATION,
+    MODEL.PANOPTIC_FPN: ("PanopticFPN",),
 }
 """Sections and switches of detectron2's config -> those of its own architectures that read them."""
 BASE_KEYS = ("NAME", "IN_FEATURES", "POOLER_RESOLUTION", "NUM_FC", "NUM_CONV")
@@ -40,28 +40,32 @@ BASE_KEYS = ("NAME", "IN_FEATURES", "POOLER_RESOLUTION", "NUM_FC", "NUM_CONV")
 def loads(context: DoctorContext) -> Iterator[Finding]:
     error = context.failure("config")
     if error is not None:
-        yield Finding.of("HA101", error, where="--config-file")
+        yield finding_of("HA101", error, where="--config-file")
 
 
-@check("HA102", "the entries of DATASETS.REGISTER can be registered")
+@check("HA102", f"the entries of {DATASETS.REGISTER} can be registered")
 def registers(context: DoctorContext) -> Iterator[Finding]:
     error = context.failure("registered")
     if error is not None:
-        yield Finding.of("HA102", error, where="DATASETS.REGISTER")
+        yield finding_of("HA102", error, where=DATASETS.REGISTER)
 
 
-@check("HA103", "DATASETS.TRAIN and DATASETS.TEST are lists of registered datasets", needs=("registered",), quick=True)
+@check(
+    "HA103", f"{DATASETS.TRAIN} and {DATASETS.TEST} are lists of registered datasets", needs=("registered",), quick=True
+)
 def names_datasets(context: DoctorContext) -> Iterator[Finding]:
-    for which in ("TRAIN", "TEST"):
-        names = context.cfg.DATASETS[which]
+    for key in (DATASETS.TRAIN, DATASETS.TEST):
+        names = key.of(context.cfg)
         if isinstance(names, str):
             yield Finding(
                 "HA103",
                 "error",
-                f"DATASETS.{which}",
-                f"the string {names!r}, whose letters would be taken for datasets",
-                "a list of datasets",
-                f"Write DATASETS.{which}: [{names}].",
+                ConfigError(
+                    key,
+                    found=f"the string {names!r}, whose letters would be taken for datasets",
+                    expected="a list of datasets",
+                    fix=f"Write {key.write(f'[{names}]')}.",
+                ),
             )
             continue
         for name in dict.fromkeys(names):
@@ -69,15 +73,17 @@ def names_datasets(context: DoctorContext) -> Iterator[Finding]:
                 try:
                     dataset_table(name)
                 except DatasetError as error:
-                    yield Finding.of("HA103", error)
+                    yield finding_of("HA103", error)
     if not context.cfg.DATASETS.TRAIN:
         yield Finding(
             "HA103",
             "note",
-            "DATASETS.TRAIN",
-            "no dataset",
-            "one to train on; to predict or evaluate alone, none is needed",
-            "Write DATASETS.TRAIN: [my_train].",
+            ConfigError(
+                DATASETS.TRAIN,
+                found="no dataset",
+                expected="one to train on; to predict or evaluate alone, none is needed",
+                fix=f"Write {DATASETS.TRAIN.write('[my_train]')}.",
+            ),
         )
 
 
@@ -86,18 +92,18 @@ def settles(context: DoctorContext) -> Iterator[Finding]:
     if _all_registered(context.cfg):
         error = context.failure("settings")
         if error is not None:
-            yield Finding.of("HA104", error, where="MODEL.HEAD_ADAPT, DATASETS.TRAIN")
+            yield finding_of("HA104", error, where=f"{HEAD_ADAPT}, {DATASETS.TRAIN}")
 
 
 @check("HA105", "every dataset has the classes of the model, in their order", needs=("settings",), quick=True)
 def same_classes(context: DoctorContext) -> Iterator[Finding]:
     for name in context.dataset_names:
-        which = "DATASETS.TRAIN" if name in context.train_names else "DATASETS.TEST"
+        which = DATASETS.TRAIN if name in context.train_names else DATASETS.TEST
         for space, table in context.tables.items():
             try:
                 check_same_classes(table, name, space, which)
             except DatasetError as error:
-                yield Finding.of("HA105", error)
+                yield finding_of("HA105", error)
 
 
 @check("HA106", "class counts are those of the datasets", needs=("settings",), quick=True)
@@ -105,7 +111,7 @@ def class_counts(context: DoctorContext) -> Iterator[Finding]:
     """Under ``setup`` a wrong count is overwritten; where the user's own code builds the config, nobody does it."""
     cfg = context.cfg
     for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ()):
-        table, written = context.tables.get(space), value_of(cfg, key)
+        table, written = context.tables.get(space), key.of(cfg)
         if table is None or not isinstance(written, int) or written == len(table):
             continue
         if space == "keypoint" and not cfg.MODEL.KEYPOINT_ON:
@@ -113,7 +119,7 @@ def class_counts(context: DoctorContext) -> Iterator[Finding]:
         severity: Severity
         background = written == len(table) + 1
         if context.ready is None or (space != "stuff" and _rewrites_counts(cfg)):
-            if written == value_of(context.defaults, key):
+            if written == key.of(context.defaults):
                 continue
             severity, becomes = ("warning" if background else "note"), ", which is overwritten"
         else:
@@ -122,10 +128,13 @@ def class_counts(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA106",
             severity,
-            key,
-            f"{written}{becomes}" + (": background is counted, which detectron2 adds by itself" if background else ""),
-            f"{len(table)}, the classes of {table.origin}",
-            f"Write {key}: {len(table)}.",
+            ConfigError(
+                key,
+                found=f"{written}{becomes}"
+                + (": background is counted, which detectron2 adds by itself" if background else ""),
+                expected=f"{len(table)}, the classes of {table.origin}",
+                fix=f"Write {key.write(len(table))}.",
+            ),
         )
 
 
@@ -145,34 +154,38 @@ def read_keys(context: DoctorContext) -> Iterator[Finding]:
     for section, readers in READERS.items():
         if architecture in readers:
             continue
-        default, value = value_of(stock, section), value_of(cfg, section)
+        default, value = section.of(stock), section.of(cfg)
         changed = [section] if default != value else []
         if isinstance(value, CfgNode) and isinstance(default, CfgNode):
-            own = [k for k in all_keys(value, f"{section}.") if k.rpartition(".")[2] not in BASE_KEYS]
-            changed = [k for k in own if value_of(cfg, k) != value_of(stock, k)]
+            own = [Key(k) for k in all_keys(value, f"{section.yaml}.") if k.rpartition(".")[2] not in BASE_KEYS]
+            changed = [key for key in own if key.of(cfg) != key.of(stock)]
         used = [key for _, key in NUM_CLASSES_KEYS.get(architecture, ())]
         for key in changed:
-            same = [other for other in used if other.endswith(".NUM_CLASSES")]
-            fix = f"Write it under {same[0]}." if key.endswith("NUM_CLASSES") and same else "Remove it."
+            same = [other for other in used if other.yaml.endswith(".NUM_CLASSES")]
+            fix = f"Write it under {same[0]}." if key.yaml.endswith("NUM_CLASSES") and same else "Remove it."
             yield Finding(
                 "HA107",
                 "warning",
-                key,
-                f"{value_of(cfg, key)!r}, which {architecture} never reads",
-                f"an architecture that does ({', '.join(readers)}), or the default",
-                fix,
+                ConfigError(
+                    key,
+                    found=f"{key.of(cfg)!r}, which {architecture} never reads",
+                    expected=f"an architecture that does ({', '.join(readers)}), or the default",
+                    fix=fix,
+                ),
             )
     heads = cfg.MODEL.ROI_HEADS.NAME
     node, kept = cfg.MODEL.get("HEAD_ADAPT", {}), stock.MODEL.HEAD_ADAPT
-    reads = architecture in DETECTION and not is_stock(ROI_HEADS_REGISTRY, heads)
+    reads = architecture in WITH_ROI_HEADS and not is_stock(ROI_HEADS_REGISTRY, heads)
     if node.get("PREDICTOR", kept.PREDICTOR) != kept.PREDICTOR and not reads:
         yield Finding(
             "HA107",
             "warning",
-            "MODEL.HEAD_ADAPT.PREDICTOR",
-            f"{node.PREDICTOR!r}, which MODEL.ROI_HEADS.NAME {heads} of {architecture} never reads",
-            "ROI heads of d2_headadapt",
-            "Set MODEL.ROI_HEADS.NAME HeadAdaptROIHeads.",
+            ConfigError(
+                HEAD_ADAPT.PREDICTOR,
+                found=f"{node.PREDICTOR!r}, which {MODEL.ROI_HEADS.NAME.set(heads)} of {architecture} never reads",
+                expected="ROI heads of d2_headadapt",
+                fix=f"Set {MODEL.ROI_HEADS.NAME.set('HeadAdaptROIHeads')}.",
+            ),
         )
 
 
@@ -181,19 +194,19 @@ def tasks_are_read(context: DoctorContext) -> Iterator[Finding]:
     try:
         check_tasks(context.cfg)
     except HeadAdaptError as error:
-        yield Finding.of("HA108", error)
+        yield finding_of("HA108", error)
 
 
 @check("HA109", "every value has the type of its key", quick=True)
 def value_types(context: DoctorContext) -> Iterator[Finding]:
     """What yacs checks in files, a script's ``cfg.A.B = value`` passes by."""
     cfg, stock = context.cfg, context.defaults
-    for key in all_keys(stock):
-        default, value = value_of(stock, key), value_of(cfg, key)
+    for key in map(Key, all_keys(stock)):
+        default, value = key.of(stock), key.of(cfg)
         wanted = _kind(default)
         # DATASETS.TRAIN and TEST have a message of their own.
         found = _kind(value)
-        if None in (wanted, found) or found == wanted or key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        if None in (wanted, found) or found == wanted or key in (DATASETS.TRAIN, DATASETS.TEST):
             continue
         if {wanted, found} == {"a number", "a truth value"}:
             continue
@@ -201,10 +214,12 @@ def value_types(context: DoctorContext) -> Iterator[Finding]:
             "HA109",
             # Some lists of one may be written as the one, but no code computes with text or wants its letters.
             "error" if isinstance(value, str) else "warning",
-            key,
-            f"{value!r}, which is {found}",
-            f"{wanted}, such as {default!r}",
-            f"Write {key}: {_as_kind(value, str(wanted), default)}.",
+            ConfigError(
+                key,
+                found=f"{value!r}, which is {found}",
+                expected=f"{wanted}, such as {default!r}",
+                fix=f"Write {key.write(_as_kind(value, str(wanted), default))}.",
+            ),
         )
 
 
@@ -227,17 +242,24 @@ def misplaced_keys(context: DoctorContext) -> Iterator[Finding]:
             yield _unread(name, value, meant[0])
     for key in all_keys(cfg):
         section, _, name = key.rpartition(".")
-        siblings = value_of(stock, section) if section else None
+        siblings = Key(section).of(stock) if section else None
         if not isinstance(siblings, CfgNode) or name in siblings or siblings.is_new_allowed():
             continue
         meant = [f"{section}.{other}" for other in siblings if _one_slip(name, other)]
         if meant:
-            yield _unread(key, value_of(cfg, key), meant[0])
+            yield _unread(key, Key(key).of(cfg), meant[0])
 
 
 def _unread(key: str, value: Any, meant: str) -> Finding:
     return Finding(
-        "HA110", "warning", key, f"{value!r} under a key that nothing reads", f"perhaps {meant}", f"Write {meant}."
+        "HA110",
+        "warning",
+        ConfigError(
+            Key(key),
+            found=f"{value!r} under a key that nothing reads",
+            expected=f"perhaps {Key(meant)}",
+            fix=f"Write {Key(meant)}.",
+        ),
     )
 
 
@@ -259,7 +281,7 @@ def _all_registered(cfg: CfgNode) -> bool:
 
 def _rewrites_counts(cfg: CfgNode) -> bool:
     """Whether the heads settle the counts on a config of their own; theirs are classes outside detectron2."""
-    return cfg.MODEL.META_ARCHITECTURE in DETECTION and not is_stock(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
+    return cfg.MODEL.META_ARCHITECTURE in WITH_ROI_HEADS and not is_stock(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
 
 
 def _kind(value: Any) -> str | None:

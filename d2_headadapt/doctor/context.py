@@ -22,10 +22,10 @@ from ..config.settings import AdaptSettings
 from ..data.datasets import register_datasets
 from ..data.task_datasets import settle_tasks
 from ..errors import DatasetError, HeadAdaptError
+from ..key import MODEL, Form, form_of
 from ..setup.components import add_component_keys, import_components
-from ..setup.lazy.loading import load
+from ..setup.lazy.loading import load, unresolved
 from ..setup.lazy.mirror import mirror_of
-from ..setup.lazy.words import is_lazy_file, unresolved
 from ..setup.recipe import LazyRecipe, Recipe, resolved_recipe
 from ..setup.yaml import load_config
 
@@ -115,7 +115,7 @@ class DoctorContext:
     @property
     def is_lazy(self) -> bool:
         """Whether a LazyConfig is examined, also one that cannot be read."""
-        return self.lazy is not None or is_lazy_file(self.config_file)
+        return self.lazy is not None or form_of(self.config_file) is Form.LAZY
 
     @property
     def recipe(self) -> Recipe:
@@ -170,7 +170,7 @@ class DoctorContext:
     def _config(self) -> CfgNode:
         if self.ready is not None:
             return self.ready
-        if not is_lazy_file(self.config_file):
+        if form_of(self.config_file) is not Form.LAZY:
             return load_config(self.config_file, self.opts, self.imports)
         self.lazy = load(self.config_file, self.opts, self.imports)
         return mirror_of(self.lazy)
@@ -210,7 +210,7 @@ class DoctorContext:
     def _weights(self) -> str:
         path: str = self.weights or self.cfg.MODEL.WEIGHTS
         if not path:
-            raise PartMissing("weights", None, "MODEL.WEIGHTS is empty")
+            raise PartMissing("weights", None, f"{MODEL.WEIGHTS!s} is empty")
         check_exists(path)
         return path
 
@@ -288,7 +288,7 @@ def _read_json(path: str | None) -> dict[str, Any] | None:
     try:
         with PathManager.open(path, "r", encoding="utf-8") as file:
             found = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(
             path, expected="a JSON file", found=f"{type(error).__name__}: {error}", fix="Correct the path or the file."
         ) from error

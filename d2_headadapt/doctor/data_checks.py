@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DatasetError
+from ..key import DATALOADER, DATASETS
 from .coco_json import Labels
 from .finding import DoctorContext, Finding, check
 from .reading import detected, from_json, image_tasks, listed, place, readable, some, unreadable
@@ -34,10 +36,12 @@ def category_ids(context: DoctorContext) -> Iterable[Finding]:
         yield Finding(
             "HA202",
             "error",
-            place(name, labels),
-            f"category_id {', '.join(list(ids)[:4])} in {some(stray, labels)}",
-            f"a category id of {known}: {allowed}",
-            "Correct these annotations, or add the category.",
+            DatasetError(
+                place(name, labels),
+                found=f"category_id {', '.join(list(ids)[:4])} in {some(stray, labels)}",
+                expected=f"a category id of {known}: {allowed}",
+                fix="Correct these annotations, or add the category.",
+            ),
         )
 
 
@@ -55,10 +59,12 @@ def annotated_images(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA203",
                 "error" if lost.all() and name in context.train_names else "warning",
-                place(name, labels),
-                f"{some(lost, labels)}: no image of that id, so detectron2 leaves them out",
-                "an image_id of the list of images",
-                "Correct image_id, or add the images; 1 and '1' are two ids.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{some(lost, labels)}: no image of that id, so detectron2 leaves them out",
+                    expected="an image_id of the list of images",
+                    fix="Correct image_id, or add the images; 1 and '1' are two ids.",
+                ),
             )
 
 
@@ -87,10 +93,12 @@ def unique_ids(context: DoctorContext) -> Iterable[Finding]:
                 yield Finding(
                     "HA204",
                     "error" if lacks or severity == "error" else "note",
-                    f"{place(name, labels)}, {kind} ids",
-                    "; ".join(found),
-                    f"one id for each {kind}, used once",
-                    "Number them anew.",
+                    DatasetError(
+                        f"{place(name, labels)}, {kind} ids",
+                        found="; ".join(found),
+                        expected=f"one id for each {kind}, used once",
+                        fix="Number them anew.",
+                    ),
                 )
 
 
@@ -102,11 +110,13 @@ def background_class(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA205",
                 "warning",
-                place(name, labels),
-                f"class 0 is {labels.names[0]!r} (id {labels.ids[0]!r}), and no box has it: every other class has one "
-                "row later than it should, and one output learns nothing",
-                "only classes that are drawn; background is no class in detectron2",
-                f"Remove the category {labels.names[0]!r} from train and test files; ids may start anywhere.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"class 0 is {labels.names[0]!r} (id {labels.ids[0]!r}), and no box has it: every other "
+                    "class has one row later than it should, and one output learns nothing",
+                    expected="only classes that are drawn; background is no class in detectron2",
+                    fix=f"Remove the category {labels.names[0]!r} from train and test files; ids may start anywhere.",
+                ),
             )
 
 
@@ -142,11 +152,13 @@ def classes_without_data(context: DoctorContext) -> Iterable[Finding]:
         yield Finding(
             "HA206",
             "warning",
-            f"DATASETS.TRAIN, {', '.join(map(repr, sources))}",
-            f"no box of {len(empty)} of {len(names)} classes: {listed(empty, 12)}",
-            "boxes of every class that the model shall predict",
-            "Add images of them, or remove the categories; without boxes their rows are only pushed down, carried "
-            "rows too.",
+            DatasetError(
+                f"{DATASETS.TRAIN}, {', '.join(map(repr, sources))}",
+                found=f"no box of {len(empty)} of {len(names)} classes: {listed(empty, 12)}",
+                expected="boxes of every class that the model shall predict",
+                fix="Add images of them, or remove the categories; without boxes their rows are only pushed down, "
+                "carried rows too.",
+            ),
         )
 
 
@@ -161,10 +173,12 @@ def image_entries(context: DoctorContext) -> Iterable[Finding]:
                 yield Finding(
                     "HA207",
                     "error",
-                    f"{place(name, labels)}, images",
-                    f"{int(flags.sum())} of {len(flags)} without, such as image {first!r}",
-                    what,
-                    "Write them into the json: detectron2 reads them for every image.",
+                    DatasetError(
+                        f"{place(name, labels)}, images",
+                        found=f"{int(flags.sum())} of {len(flags)} without, such as image {first!r}",
+                        expected=what,
+                        fix="Write them into the json: detectron2 reads them for every image.",
+                    ),
                 )
 
 
@@ -172,7 +186,13 @@ def image_entries(context: DoctorContext) -> Iterable[Finding]:
 def anything_there(context: DoctorContext) -> Iterable[Finding]:
     for name, labels in readable(context):
         if not labels.images:
-            yield Finding("HA208", "error", place(name, labels), "no image", "images", "Correct the path or the file.")
+            yield Finding(
+                "HA208",
+                "error",
+                DatasetError(
+                    place(name, labels), found="no image", expected="images", fix="Correct the path or the file."
+                ),
+            )
     cfg = context.cfg
     if image_tasks(cfg) or not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         return
@@ -184,10 +204,12 @@ def anything_there(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA208",
                 "warning" if others else "error",
-                place(name, labels),
-                f"{crowd} in {len(labels.images)} images: training leaves all of them out",
-                "boxes of single objects",
-                "Set iscrowd to 0 where an object is drawn, or label the images.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{crowd} in {len(labels.images)} images: training leaves all of them out",
+                    expected="boxes of single objects",
+                    fix="Set iscrowd to 0 where an object is drawn, or label the images.",
+                ),
             )
 
 
@@ -203,12 +225,14 @@ def images_without_boxes(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA209",
                 "note",
-                place(name, labels),
-                f"{empty} of {len(labels.images)} images have no box of a single object: {what}",
-                "boxes in nearly every image, unless these are empty on purpose",
-                "To keep them, set DATALOADER.FILTER_EMPTY_ANNOTATIONS False."
-                if filtered
-                else "If objects are drawn nowhere in them by mistake, label them.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{empty} of {len(labels.images)} images have no box of a single object: {what}",
+                    expected="boxes in nearly every image, unless these are empty on purpose",
+                    fix=f"To keep them, set {DATALOADER.FILTER_EMPTY_ANNOTATIONS.set(False)}."
+                    if filtered
+                    else "If objects are drawn nowhere in them by mistake, label them.",
+                ),
             )
 
 
@@ -220,8 +244,10 @@ def annotation_id_zero(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA210",
                 "warning",
-                place(name, labels),
-                f"the id 0 for {labels.annotation(labels.annotations.index(0))}",
-                "annotation ids from 1 on: COCO's evaluation counts a match with annotation 0 as a miss",
-                "Add 1 to every annotation id.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"the id 0 for {labels.annotation(labels.annotations.index(0))}",
+                    expected="annotation ids from 1 on: COCO's evaluation counts a match with annotation 0 as a miss",
+                    fix="Add 1 to every annotation id.",
+                ),
             )

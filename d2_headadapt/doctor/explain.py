@@ -6,17 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import known_messages, known_shapes
+from ..key import OUTPUT_DIR, shown
+from . import known_messages as known_messages
+from . import known_shapes as known_shapes
 from .known_errors import KNOWN, KnownError
 
-TABLES = (known_shapes, known_messages)
-"""The modules that enter errors."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-NOT_KNOWN = """\
+NOT_KNOWN = f"""\
 This error is not known to d2-headadapt, so nothing is said about it: a guess would cost you more than it saves.
 Try: d2-headadapt doctor --config-file YAML, which checks config, datasets, checkpoint and model.
-When you ask someone, include: the whole traceback, from the first line; the config as dumped to OUTPUT_DIR/config.yaml;
-the output of python -m detectron2.utils.collect_env; the command; and where the weights come from."""
+When you ask someone, include: the whole traceback, from the first line; the config as dumped to
+{OUTPUT_DIR}/config.yaml; the output of python -m detectron2.utils.collect_env; the command; and where the weights come
+from."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def explain(text: str) -> list[Explanation]:
     found.sort(key=lambda entry: entry[:2], reverse=True)
     explained = []
     for _, _, times, error, match in found:
-        cause, mend, *check = error.answer(match, _before(plain, match))
+        cause, mend, *check = map(shown, error.answer(match, _before(plain, match)))
         line = " ".join(match[0].split())
         explained.append(Explanation(error.name, line, cause, mend, check[0] if check else error.check, times))
     return explained
@@ -82,7 +83,7 @@ def explanation_text(text: str) -> tuple[str, bool]:
     """What ``d2-headadapt explain`` prints, and whether the error is known."""
     found = explain(text)
     if not found:
-        return NOT_KNOWN, False
+        return shown(NOT_KNOWN), False
     first, *others = found
     times = f" ({first.times} times)" if first.times > 1 else ""
     lines = [f"error: {first.line}{times}", "", "cause:", *(f"  {line}" for line in first.cause.splitlines())]

@@ -11,6 +11,8 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
 from ..adapt.classes import did_you_mean
 from ..data.datasets import task_facts
+from ..errors import DatasetError
+from ..key import DATASETS, INPUT, MODEL, TASKS, TEST
 from .coco_json import MASK_BROKEN, MASK_NONE, MASK_POLYGON, MASK_RLE, Labels
 from .finding import DoctorContext, Finding, check
 from .reading import coco_path, detected, from_json, has_roi_heads, listed, place, some
@@ -32,10 +34,14 @@ def class_names(context: DoctorContext) -> Iterable[Finding]:
                 yield Finding(
                     "HA211",
                     "error",
-                    f"{place(name, labels)}, categories",
-                    found,
-                    "different names",
-                    "Rename one of the two, or give both one id." if key else "Give the category a name, in quotes.",
+                    DatasetError(
+                        f"{place(name, labels)}, categories",
+                        found=found,
+                        expected="different names",
+                        fix="Rename one of the two, or give both one id."
+                        if key
+                        else "Give the category a name, in quotes.",
+                    ),
                 )
             seen.setdefault(key, k)
 
@@ -52,8 +58,8 @@ def metadata_conflicts(context: DoctorContext) -> Iterable[Finding]:
                 continue
             if name in _builtin_coco():
                 fix = (
-                    "Register your json under a name of your own in DATASETS.REGISTER, and use that name in "
-                    "DATASETS.TRAIN and DATASETS.TEST."
+                    f"Register your json under a name of your own in {DATASETS.REGISTER}, and use that name in "
+                    f"{DATASETS.TRAIN} and {DATASETS.TEST}."
                 )
                 expected = f"COCO's own json under detectron2's own name {name!r}"
             elif isinstance(before, tuple) and list(before) == in_json:
@@ -64,11 +70,14 @@ def metadata_conflicts(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA212",
                 "error",
-                f"MetadataCatalog, {name!r}, {key}",
-                f"{_brief(before)}, but {labels.source} has {_brief(in_json)}; loading it stops at \"Attribute '{key}' "
-                'in the metadata cannot be set to a different value"',
-                expected,
-                fix,
+                DatasetError(
+                    f"MetadataCatalog, {name!r}, {key}",
+                    found=f"{_brief(before)}, but {labels.source} has {_brief(in_json)}; loading it stops at "
+                    f"\"Attribute '{key}' "
+                    'in the metadata cannot be set to a different value"',
+                    expected=expected,
+                    fix=fix,
+                ),
             )
             break  # The second follows from the first.
 
@@ -94,11 +103,15 @@ def masks_are_there(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA213",
                 "error",
-                place(name, labels),
-                f"no segmentation in {'any annotation' if every else some(lacking, labels)}: training stops at "
-                "\"Cannot find field 'gt_masks'\" or a KeyError",
-                "a segmentation in every annotation, because MODEL.MASK_ON is True",
-                "Set MODEL.MASK_ON False." if every else "Set MODEL.MASK_ON False, or draw these masks.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"no segmentation in {'any annotation' if every else some(lacking, labels)}: training "
+                    "stops at \"Cannot find field 'gt_masks'\" or a KeyError",
+                    expected=f"a segmentation in every annotation, because {MODEL.MASK_ON.is_on()}",
+                    fix=f"Set {MODEL.MASK_ON.set(False)}."
+                    if every
+                    else f"Set {MODEL.MASK_ON.set(False)}, or draw these masks.",
+                ),
             )
 
 
@@ -111,15 +124,17 @@ def polygons_have_points(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA214",
                 "error" if broken.sum() == labels.objects.sum() else "warning",
-                place(name, labels),
-                f"a segmentation without a polygon of three points in {some(broken, labels)}: detectron2 leaves these "
-                "objects out, boxes too",
-                "polygons [x1, y1, x2, y2, x3, y3, ...], or no segmentation",
-                "Draw these masks, or remove the key segmentation from the annotations.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"a segmentation without a polygon of three points in {some(broken, labels)}: detectron2 "
+                    "leaves these objects out, boxes too",
+                    expected="polygons [x1, y1, x2, y2, x3, y3, ...], or no segmentation",
+                    fix="Draw these masks, or remove the key segmentation from the annotations.",
+                ),
             )
 
 
-@check("HA215", "masks have the format that INPUT.MASK_FORMAT names", needs=("registered",), quick=True)
+@check("HA215", f"masks have the format that {INPUT.MASK_FORMAT} names", needs=("registered",), quick=True)
 def mask_format(context: DoctorContext) -> Iterable[Finding]:
     cfg = context.cfg
     if not (has_roi_heads(cfg) and cfg.MODEL.MASK_ON) or cfg.INPUT.MASK_FORMAT != "polygon":
@@ -131,10 +146,12 @@ def mask_format(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA215",
                 "error",
-                place(name, labels),
-                f"run-length masks in {some(coded, labels)}{', polygons in others' if mixed else ''}",
-                "polygons, because INPUT.MASK_FORMAT is polygon",
-                "Set INPUT.MASK_FORMAT bitmask.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"run-length masks in {some(coded, labels)}{', polygons in others' if mixed else ''}",
+                    expected=f"polygons, because {INPUT.MASK_FORMAT} is polygon",
+                    fix=f"Set {INPUT.MASK_FORMAT.set('bitmask')}.",
+                ),
             )
 
 
@@ -156,11 +173,16 @@ def keypoint_counts(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA216",
                 "error",
-                place(name, labels),
-                f'no keypoints in {"any annotation" if every else some(lacking, labels)}: training stops at "Cannot '
-                "find field 'gt_keypoints'\"",
-                "keypoints in every annotation, because MODEL.KEYPOINT_ON is True",
-                "Set MODEL.KEYPOINT_ON False." if every else "Give these objects keypoints, 0, 0, 0 for each unseen.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"no keypoints in {'any annotation' if every else some(lacking, labels)}: training stops "
+                    'at "Cannot '
+                    "find field 'gt_keypoints'\"",
+                    expected=f"keypoints in every annotation, because {MODEL.KEYPOINT_ON.is_on()}",
+                    fix=f"Set {MODEL.KEYPOINT_ON.set(False)}."
+                    if every
+                    else "Give these objects keypoints, 0, 0, 0 for each unseen.",
+                ),
             )
         wrong = objects & (labels.keypoints != 0) & (labels.keypoints != 3 * len(names))
         if wrong.any():
@@ -168,10 +190,13 @@ def keypoint_counts(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA216",
                 "error",
-                place(name, labels),
-                f"{first} numbers, which are {first / 3:g} keypoints, in {some(wrong, labels)}",
-                f"{3 * len(names)} numbers, x, y and visibility of {len(names)} keypoints ({listed(names)})",
-                "Correct 'keypoints' of the category, or these annotations.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{first} numbers, which are {first / 3:g} keypoints, in {some(wrong, labels)}",
+                    expected=f"{3 * len(names)} numbers, x, y and visibility of {len(names)} keypoints "
+                    f"({listed(names)})",
+                    fix="Correct 'keypoints' of the category, or these annotations.",
+                ),
             )
 
 
@@ -195,10 +220,12 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA217",
                 "error",
-                f"MetadataCatalog, {name!r}",
-                f"no {' and no '.join(lacks)}",
-                "both, because training flips images: left and right change places",
-                "Add keypoint_names and keypoint_flip_map to its entry in DATASETS.REGISTER.",
+                DatasetError(
+                    f"MetadataCatalog, {name!r}",
+                    found=f"no {' and no '.join(lacks)}",
+                    expected="both, because training flips images: left and right change places",
+                    fix=f"Add keypoint_names and keypoint_flip_map to its entry in {DATASETS.REGISTER}.",
+                ),
             )
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     for name, labels in detected(context, context.test_names):
@@ -207,10 +234,12 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA217",
                 "error",
-                "TEST.KEYPOINT_OKS_SIGMAS",
-                f"{sigmas} numbers" if sigmas else f"nothing, which stands for COCO's {OKS_SIGMAS_OF_COCO}",
-                f"{count} numbers, one for each keypoint of {name!r}; evaluation stops without them",
-                f"Set TEST.KEYPOINT_OKS_SIGMAS ({', '.join(['0.05'] * min(count, 3))}, ...), {count} numbers.",
+                DatasetError(
+                    TEST.KEYPOINT_OKS_SIGMAS,
+                    found=f"{sigmas} numbers" if sigmas else f"nothing, which stands for COCO's {OKS_SIGMAS_OF_COCO}",
+                    expected=f"{count} numbers, one for each keypoint of {name!r}; evaluation stops without them",
+                    fix=f"Set {TEST.KEYPOINT_OKS_SIGMAS.set([0.05] * count)}, with your own {count} numbers.",
+                ),
             )
 
 
@@ -218,22 +247,24 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
 def task_labels(context: DoctorContext) -> Iterable[Finding]:
     """What only loading would tell; a task whose classes the data tells is HA104's where it has no label."""
     for task, node in context.cfg.MODEL.get("TASKS", {}).items():
-        for which, names in (("TRAIN", context.train_names), ("TEST", context.test_names)):
+        for key, names in ((DATASETS.TRAIN, context.train_names), (DATASETS.TEST, context.test_names)):
             # Datasets that the user's own function loads tell it only by being loaded.
             ours = [name for name in names if task_facts(name)]
             labelled = [name for name in ours if task in task_facts(name) and task_facts(name)[task].labels]
             if ours and len(ours) == len(names) and not labelled:
                 known = {other for name in ours for other in task_facts(name)} - {task}
-                training = which == "TRAIN"
+                training = key == DATASETS.TRAIN
                 if not training or node.get("classes") is not None:
                     yield Finding(
                         "HA218",
                         "error" if training else "warning",
-                        f"MODEL.TASKS.{task}",
-                        f"no label of it in DATASETS.{which}, {listed(ours)}",
-                        "a label of it in one image or box at least",
-                        "Add the task to tasks of these entries in DATASETS.REGISTER, and its labels to the file."
-                        + did_you_mean(task, known),
+                        DatasetError(
+                            TASKS[task],
+                            found=f"no label of it in {key}, {listed(ours)}",
+                            expected="a label of it in one image or box at least",
+                            fix=f"Add the task to tasks of these entries in {DATASETS.REGISTER}, and its labels to "
+                            "the file." + did_you_mean(task, known),
+                        ),
                     )
             for name in labelled:
                 fact, table = task_facts(name)[task], context.tables[task]
@@ -242,11 +273,13 @@ def task_labels(context: DoctorContext) -> Iterable[Finding]:
                     yield Finding(
                         "HA218",
                         "error",
-                        f"{fact.source}, dataset {name!r}",
-                        f"labels {listed(strange)}",
-                        f"the {len(table)} classes of task {task!r}: {listed(table.names)}",
-                        f"Correct the labels, or add them to MODEL.TASKS.{task}.classes."
-                        + did_you_mean(strange[0], table.names),
+                        DatasetError(
+                            f"{fact.source}, dataset {name!r}",
+                            found=f"labels {listed(strange)}",
+                            expected=f"the {len(table)} classes of task {task!r}: {listed(table.names)}",
+                            fix=f"Correct the labels, or add them to {TASKS[task].classes}."
+                            + did_you_mean(strange[0], table.names),
+                        ),
                     )
 
 
@@ -258,8 +291,10 @@ def ignored_annotations(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA219",
                 "error",
-                place(name, labels),
-                f"'ignore' in {some(ignored, labels)}: detectron2's loader stops at it",
-                "iscrowd 1, which detectron2 has in its place",
-                "Replace 'ignore': 1 by 'iscrowd': 1.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"'ignore' in {some(ignored, labels)}: detectron2's loader stops at it",
+                    expected="iscrowd 1, which detectron2 has in its place",
+                    fix="Replace 'ignore': 1 by 'iscrowd': 1.",
+                ),
             )

@@ -9,45 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from detectron2.config import CfgNode
-
-from ..errors import HeadAdaptError
+from ..errors import ConfigError, HeadAdaptError
+from ..errors import Finding as Finding
+from ..errors import Severity as Severity
+from ..key import Words
 from .context import DoctorContext as DoctorContext
 from .context import Part
 from .context import PartMissing as PartMissing
 
-Severity = Literal["error", "warning", "note"]
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong, or worth knowing.
-
-    Args:
-        code: of the check, such as ``HA101``.
-        severity: ``error`` is certain to fail or to train something wrong, ``warning`` very likely is a mistake,
-            ``note`` is worth knowing and needs no mending.
-        where: the key, file or image.
-        found, expected: as in :class:`d2_headadapt.errors.HeadAdaptError`.
-        fix: what to type; a complete sentence.
-    """
-
-    code: str
-    severity: Severity
-    where: str
-    found: str
-    expected: str
-    fix: str
-
-    @classmethod
-    def of(cls, code: str, error: BaseException, severity: Severity = "error", where: str = "") -> Finding:
-        """The finding that an exception amounts to; ``where`` serves exceptions that are not this package's."""
-        if isinstance(error, HeadAdaptError):
-            return cls(code, severity, error.where, error.found, error.expected, error.fix)
+def finding_of(code: str, error: BaseException, severity: Severity = "error", where: Words = "") -> Finding:
+    """The finding that an exception amounts to; ``where`` serves exceptions that are not this package's."""
+    if not isinstance(error, HeadAdaptError):
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return cls(code, severity, where, text, "no exception", "Mend what the message names.")
+        error = ConfigError(where, expected="no exception", found=text, fix="Mend what the message names.")
+    return Finding(code, severity, error)
 
 
 CheckFunction = Callable[[DoctorContext], Iterable[Finding]]
@@ -106,11 +84,3 @@ def check(
 def is_stock(registry: Any, name: str) -> bool:
     """Whether a registered component is detectron2's own, so that this package knows what it reads."""
     return name in registry and str(registry.get(name).__module__).startswith("detectron2.")
-
-
-def value_of(cfg: CfgNode, key: str) -> Any:
-    """The value under ``A.B.C``, or ``None`` where there is no such key."""
-    node: Any = cfg
-    for name in key.split("."):
-        node = node.get(name) if isinstance(node, CfgNode) else None
-    return node

@@ -17,6 +17,8 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import ConfigError, DatasetError
+from ..key import DATASETS
 from .coco_json import Labels
 from .finding import DoctorContext, Finding, check
 from .reading import place, readable
@@ -124,12 +126,14 @@ def images_are_there(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA231",
                 "error",
-                place(name, labels),
-                f"{len(gone)} of {len(paths)} images are not there, such as {first}",
-                "a file for every image",
-                "Correct images of this dataset in DATASETS.REGISTER, or file_name in the json."
-                if len(gone) == len(paths)
-                else "Copy the missing files, or remove these images from the json.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{len(gone)} of {len(paths)} images are not there, such as {first}",
+                    expected="a file for every image",
+                    fix=f"Correct images of this dataset in {DATASETS.REGISTER}, or file_name in the json."
+                    if len(gone) == len(paths)
+                    else "Copy the missing files, or remove these images from the json.",
+                ),
             )
 
 
@@ -142,11 +146,13 @@ def images_are_readable(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA232",
                 "error",
-                place(name, labels),
-                f"{len(damaged)} of {_extent(context, name, paths)}, such as {paths[damaged[0].index]}: "
-                f"{damaged[0].error}",
-                "images that PIL decodes to their end",
-                "Fetch these files anew, or remove them from the json.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{len(damaged)} of {_extent(context, name, paths)}, such as {paths[damaged[0].index]}: "
+                    f"{damaged[0].error}",
+                    expected="images that PIL decodes to their end",
+                    fix="Fetch these files anew, or remove them from the json.",
+                ),
             )
 
 
@@ -169,14 +175,16 @@ def image_sizes(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA233",
                 "error",
-                place(name, labels),
-                f"{len(ones)} of {_extent(context, name, paths)}, such as {paths[first.index]}: "
-                f"{is_[0]} x {is_[1]}{because or smaller}",
-                f"{said[0]} x {said[1]}, the width and height in the labels",
-                "Turn the pixels of these files upright and remove the EXIF tag, or label the turned images, which is "
-                "what detectron2 reads."
-                if turned
-                else "Put the files there that were labelled, or correct width, height and boxes.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{len(ones)} of {_extent(context, name, paths)}, such as {paths[first.index]}: "
+                    f"{is_[0]} x {is_[1]}{because or smaller}",
+                    expected=f"{said[0]} x {said[1]}, the width and height in the labels",
+                    fix="Turn the pixels of these files upright and remove the EXIF tag, or label the turned images, "
+                    "which is what detectron2 reads."
+                    if turned
+                    else "Put the files there that were labelled, or correct width, height and boxes.",
+                ),
             )
 
 
@@ -195,11 +203,13 @@ def image_orientations(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA234",
                 "note",
-                place(name, labels),
-                f"{len(turned)} of {_extent(context, name, paths)} have an EXIF orientation that turns or mirrors "
-                f"them, such as {paths[turned[0].index]} ({turned[0].orientation})",
-                "boxes drawn on the turned image, as detectron2 reads it",
-                "Draw a few of them with their boxes; where these are off, remove the EXIF tag.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{len(turned)} of {_extent(context, name, paths)} have an EXIF orientation that turns or "
+                    f"mirrors them, such as {paths[turned[0].index]} ({turned[0].orientation})",
+                    expected="boxes drawn on the turned image, as detectron2 reads it",
+                    fix="Draw a few of them with their boxes; where these are off, remove the EXIF tag.",
+                ),
             )
 
 
@@ -265,10 +275,12 @@ def images_are_local(context: DoctorContext) -> Iterable[Finding]:
             yield Finding(
                 "HA237",
                 "note",
-                place(name, labels),
-                f"images at addresses, such as {paths[0]}: none of them was looked at",
-                "nothing else; detectron2 reads them through its PathManager",
-                "Nothing. To have the files checked, copy them and run the doctor on the copy.",
+                DatasetError(
+                    place(name, labels),
+                    found=f"images at addresses, such as {paths[0]}: none of them was looked at",
+                    expected="nothing else; detectron2 reads them through its PathManager",
+                    fix="Nothing. To have the files checked, copy them and run the doctor on the copy.",
+                ),
             )
 
 
@@ -284,8 +296,10 @@ def _shared(code: str, where: str, found: str, example: str) -> Finding:
     return Finding(
         code,
         "warning",
-        where,
-        f"{found}, such as {example}",
-        "images that training has not seen",
-        "Remove them from DATASETS.TRAIN's files, or read the results as those on the training set.",
+        ConfigError(
+            where,
+            found=f"{found}, such as {example}",
+            expected="images that training has not seen",
+            fix=f"Remove them from {DATASETS.TRAIN}'s files, or read the results as those on the training set.",
+        ),
     )

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import re
-
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-)
+from importlib.util import find_spec
+from pathlib import Path
 
 from ..adapt.classes import did_you_mean
+from ..key import DATALOADER, DATASETS, HEAD_ADAPT, INPUT, MODEL, SOLVER, TASKS, TEST, pairs
 from .known_errors import Answer, known
 
-REGISTRIES = (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    SEM_SEG_HEADS_REGISTRY,
-)
+ENCODER_RULE = r"^encoder\.=backbone.bottom_up."
 DOCTOR = "d2-headadapt doctor --config-file YAML"
+
+
+def registered_names(registry: str) -> list[str]:
+    """What detectron2's modeling code and this package's enter in a registry, by their source: nothing is imported.
+
+    Args:
+        registry: its name in messages, such as ``ROI_HEADS``.
+    """
+    entry = re.compile(rf"^@{re.escape(registry)}_REGISTRY\.register\(\)\n(?:@.*\n)*(?:class|def) (\w+)", re.MULTILINE)
+    found: list[str] = []
+    for package in ("detectron2", "d2_headadapt"):
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for path in sorted(Path(folder, "modeling").rglob("*.py")):
+                found += entry.findall(path.read_text(encoding="utf-8"))
+    return found
 
 
 @known("unregistered component", r"No object named '(?P<name>[^']*)' found in '(?P<registry>[^']*)' registry", "HA128")
 def _component(m: re.Match[str], before: str) -> Answer:
-    near = [name for registry in REGISTRIES if registry._name == m["registry"] for name, _ in registry]
+    near = registered_names(m["registry"])
     return (
         f"The config names {m['name']}, and nothing of that name is in the registry {m['registry']} of this process:\n"
         "the module that defines it was never imported here, or the name is misspelt.",
@@ -44,21 +41,24 @@ def _component(m: re.Match[str], before: str) -> Answer:
     )
 
 
+def _entry(name: str) -> str:
+    return f"[{pairs({'name': name, 'json': 'FILE', 'images': 'FOLDER'})}]"
+
+
 @known("unregistered dataset", r"Dataset '(?P<name>[^']*)' is not registered! Available datasets are:", "HA103")
 def _dataset(m: re.Match[str], before: str) -> Answer:
     if len(m["name"]) == 1:
         return (
-            f"{m['name']!r} is one letter of a name: DATASETS.TRAIN or DATASETS.TEST is a string, and detectron2 goes\n"
-            "through its letters. A comma is missing.",
-            'Write a tuple: DATASETS.TEST "(\'my_val\',)", or in yaml: TEST: ["my_val"].',
+            f"{m['name']!r} is one letter of a name: {DATASETS.TRAIN} or {DATASETS.TEST} is a string, and detectron2 "
+            "goes\nthrough its letters. A comma is missing.",
+            f"Write a tuple: {DATASETS.TEST.set(('my_val',))}, or in yaml: {DATASETS.TEST.write(['my_val'])}.",
         )
     listed = re.split(r",\s*", (m.string[m.end() :].split("\n\n")[0])[:20000])
     near = did_you_mean(m["name"], [name.strip(" \n\"'") for name in listed])
     return (
         f"This process never registered {m['name']}: registering in main() of the parent does not reach spawned "
         "workers,\nor the name is misspelt.",
-        f"Put it into the config: DATASETS.REGISTER [{{name: {m['name']}, json: FILE, images: FOLDER}}], which every "
-        f"process reads.{near}",
+        f"Put it into the config: {DATASETS.REGISTER.set(_entry(m['name']))}, which every process reads.{near}",
     )
 
 
@@ -82,8 +82,8 @@ def _metadata(m: re.Match[str], before: str) -> Answer:
         return (
             f"{m['name']} is a name that detectron2 itself registers, with its own {m['key']}:\n"
             "your JSON lies at the builtin path or is registered under the builtin name.",
-            "Register under your own name: DATASETS.REGISTER [{name: my_train, json: FILE, images: FOLDER}] and "
-            "DATASETS.TRAIN \"('my_train',)\".",
+            f"Register under your own name: {DATASETS.REGISTER.set(_entry('my_train'))} and "
+            f"{DATASETS.TRAIN.set(('my_train',))}.",
         )
     return (
         f"{m['key']} of {m['name']} is set by hand to one list, and the JSON's categories give another,\nor two "
@@ -119,8 +119,8 @@ def _prediction(m: re.Match[str], before: str) -> Answer:
     return (
         f"The model predicts class {m['k']} and the test set has {m['n']} classes: it was built with a greater "
         "NUM_CLASSES\n(the default is 80), under the key that this architecture reads.",
-        f"Set MODEL.ROI_HEADS.NUM_CLASSES {m['n']} (RetinaNet: MODEL.RETINANET.NUM_CLASSES, FCOS: "
-        "MODEL.FCOS.NUM_CLASSES) and train again, or compare DATASETS.TEST with DATASETS.TRAIN if those differ.",
+        f"Set {MODEL.ROI_HEADS.NUM_CLASSES.set(m['n'])} (RetinaNet: {MODEL.RETINANET.NUM_CLASSES}, FCOS: "
+        f"{MODEL.FCOS.NUM_CLASSES}) and train again, or compare {DATASETS.TEST} with {DATASETS.TRAIN} if those differ.",
     )
 
 
@@ -133,14 +133,15 @@ def _sigmas(m: re.Match[str], before: str) -> Answer:
         return (
             f"numpy was given arrays of {one} and {other} entries.",
             "In COCO's keypoint evaluation the first is the number of sigmas, the second that of keypoints; if this is "
-            f"that, set TEST.KEYPOINT_OKS_SIGMAS with {other} values. Otherwise paste the whole traceback.",
+            f"that, set {TEST.KEYPOINT_OKS_SIGMAS} with {other} values. Otherwise paste the whole traceback.",
         )
     count = other if one == 17 else one
     return (
         f"COCO's keypoint evaluation has {one} sigmas (17 is COCO's human body) and your annotations have {other} "
-        "keypoints.\nTEST.KEYPOINT_OKS_SIGMAS is read only where the evaluator is given it.",
-        f"Set TEST.KEYPOINT_OKS_SIGMAS with {count} values and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {count}, and "
-        "build COCOEvaluator(name, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS), as this package's Trainer does.",
+        f"keypoints.\n{TEST.KEYPOINT_OKS_SIGMAS} is read only where the evaluator is given it.",
+        f"Set {TEST.KEYPOINT_OKS_SIGMAS} with {count} values and {MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS.set(count)}, "
+        f"and build COCOEvaluator(name, kpt_oks_sigmas=cfg.{TEST.KEYPOINT_OKS_SIGMAS.yaml}), as this package's Trainer "
+        "does.",
     )
 
 
@@ -148,7 +149,7 @@ def _sigmas(m: re.Match[str], before: str) -> Answer:
 @known("missing keypoints", r"Cannot find field '(?P<field>gt_keypoints)' in the given Instances!", "HA216")
 @known("missing field", r"Cannot find field '(?P<field>(?!gt_masks'|gt_keypoints')[^']*)' in the given Instances!")
 def _field(m: re.Match[str], before: str) -> Answer:
-    switch = {"gt_masks": "MODEL.MASK_ON", "gt_keypoints": "MODEL.KEYPOINT_ON"}.get(m["field"])
+    switch = {"gt_masks": MODEL.MASK_ON, "gt_keypoints": MODEL.KEYPOINT_ON}.get(m["field"])
     what = m["field"].removeprefix("gt_")
     if switch is not None:
         return (
@@ -161,7 +162,7 @@ def _field(m: re.Match[str], before: str) -> Answer:
     return (
         f"A head asks for {m['field']}, and the dataset mapper did not make it: register_coco_instances and\n"
         "annotations_to_instances carry only detectron2's own fields.",
-        "Declare it as a task (MODEL.TASKS) and register with DATASETS.REGISTER, which carries it through; or write a "
+        f"Declare it as a task ({TASKS}) and register with {DATASETS.REGISTER}, which carries it through; or write a "
         "mapper that sets it.",
     )
 
@@ -174,7 +175,7 @@ def _weights_only(m: re.Match[str], before: str) -> Answer:
     return (
         f"The file holds {what} (numpy scalars, a config...), and torch since 2.6 refuses them:\n"
         "unpickling them could run any code.",
-        "If you trust who made it: MODEL.HEAD_ADAPT.TRUST_FILE True, once, with d2-headadapt adapt --output new.pth, "
+        f"If you trust who made it: {HEAD_ADAPT.TRUST_FILE.set(True)}, once, with d2-headadapt adapt --output new.pth, "
         "which writes plain values. In your own code: torch.load(FILE, weights_only=False).",
     )
 
@@ -189,9 +190,9 @@ def _nan(m: re.Match[str], before: str) -> Answer:
     return (
         f"Training diverged at iteration {m['i']}{which}. Nearly always the learning rate is too high for the batch:\n"
         "zoo configs are made for 16 images; degenerate boxes and a lost warm-up do it too.",
-        "Scale it: SOLVER.BASE_LR = 0.02 x IMS_PER_BATCH / 16 (RetinaNet 0.01), written under SOLVER; keep "
-        f"SOLVER.WARMUP_ITERS 1000, or SOLVER.CLIP_GRADIENTS.ENABLED True. {DOCTOR} finds bad boxes and keys without "
-        "effect.",
+        f"Scale it: {SOLVER.BASE_LR} = 0.02 x IMS_PER_BATCH / 16 (RetinaNet 0.01), written under {SOLVER}; keep "
+        f"{SOLVER.WARMUP_ITERS.set(1000)}, or {SOLVER.CLIP_GRADIENTS.ENABLED.set(True)}. {DOCTOR} finds bad boxes and "
+        "keys without effect.",
     )
 
 
@@ -214,8 +215,8 @@ def _memory(m: re.Match[str], before: str) -> Answer:
     return (
         f"The GPU is full{f' ({asked[1]} more was asked for)' if asked else ''}. Batch, image size and the number of "
         "boxes with masks decide;\nthe class count hardly does, unless it is in the thousands.",
-        "Lower SOLVER.IMS_PER_BATCH and, in proportion, SOLVER.BASE_LR; or INPUT.MIN_SIZE_TRAIN and "
-        "INPUT.MAX_SIZE_TRAIN; or set SOLVER.AMP.ENABLED True.",
+        f"Lower {SOLVER.IMS_PER_BATCH} and, in proportion, {SOLVER.BASE_LR}; or {INPUT.MIN_SIZE_TRAIN} and "
+        f"{INPUT.MAX_SIZE_TRAIN}; or set {SOLVER.AMP.ENABLED.set(True)}.",
     )
 
 
@@ -235,14 +236,14 @@ def _not_found(m: re.Match[str], before: str) -> Answer:
         "The model has tensors that the file lacks; they keep their random values. A few head tensors are normal when\n"
         "fine-tuning; a backbone in that list means that the file was made for another architecture.",
         "See it per submodule: d2-headadapt plan --config-file YAML --weights FILE. Names that differ by a prefix: "
-        "MODEL.HEAD_ADAPT.RENAME \"['^encoder\\\\.=backbone.bottom_up.']\".",
+        f"{HEAD_ADAPT.RENAME.set([ENCODER_RULE])}.",
     )
 
 
 @known("no data", r"(?:No valid data found in (?P<some>\S+)\.|Dataset '(?P<one>[^']*)' is empty!)", "HA208")
 def _no_data(m: re.Match[str], before: str) -> Answer:
     return (
-        f"{m['some'] or m['one']} gave no image: the JSON is empty, or DATALOADER.FILTER_EMPTY_ANNOTATIONS removed\n"
+        f"{m['some'] or m['one']} gave no image: the JSON is empty, or {DATALOADER.FILTER_EMPTY_ANNOTATIONS} removed\n"
         "every image, because none has a box that is not a crowd.",
-        f"{DOCTOR} counts images and boxes. For a set without boxes: DATALOADER.FILTER_EMPTY_ANNOTATIONS False.",
+        f"{DOCTOR} counts images and boxes. For a set without boxes: {DATALOADER.FILTER_EMPTY_ANNOTATIONS.set(False)}.",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from math import isqrt
 
+from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, TASKS
 from .known_errors import Answer, known
 
 ENCODERS = {1024: "RN50", 512: "RN101 or ViT-B", 640: "RN50x4", 768: "RN50x16 or ViT-L"}
@@ -23,15 +24,15 @@ def _skipped(m: re.Match[str], before: str) -> Answer:
         return (
             f"{name} is ({file}) in the checkpoint and ({model}) in the model: the two have other backbones.\n"
             "This is not about classes, and the whole tensor keeps its random values.",
-            "Use the config that the checkpoint was made with, or its MODEL.RESNETS.DEPTH and backbone keys. See what "
-            "fits: d2-headadapt plan --config-file YAML --weights FILE",
+            f"Use the config that the checkpoint was made with, or its {MODEL.RESNETS.DEPTH} and backbone keys. See "
+            "what fits: d2-headadapt plan --config-file YAML --weights FILE",
         )
     return (
         f"{name} has {rows[0]} rows in the checkpoint and {rows[1]} in the model, and detectron2 drops the whole "
         "tensor.\nExpected when fine-tuning on other classes; at evaluation it means that the head is random.",
         "To keep the rows of the classes that both have: d2-headadapt adapt --config-file YAML --weights FILE "
-        "--output new.pth. When evaluating, use the weights of your own training (MODEL.WEIGHTS "
-        "output/model_final.pth) and the NUM_CLASSES that it had.",
+        f"--output new.pth. When evaluating, use the weights of your own training "
+        f"({MODEL.WEIGHTS.set('output/model_final.pth')}) and the NUM_CLASSES that it had.",
     )
 
 
@@ -71,7 +72,7 @@ def _ambiguous(m: re.Match[str], before: str) -> Answer:
     what = f"{lines[-1][0]} fits {lines[-1][1]} and {lines[-1][2]}" if lines else "one name fits two tensors"
     return (
         f"The file was matched by name endings, and {what}:\ndetectron2 cannot know which one is meant.",
-        "Say it with a rule: MODEL.HEAD_ADAPT.RENAME \"['^conv=backbone.bottom_up.conv']\", and load without "
+        f"Say it with a rule: {HEAD_ADAPT.RENAME.set(['^conv=backbone.bottom_up.conv'])}, and load without "
         "?matching_heuristics=True.",
     )
 
@@ -107,8 +108,8 @@ def _moments(a: int, b: int) -> Answer:
     return (
         f"The optimizer's moments have {a} rows and the head has {b}: a resume loaded the optimizer of another class "
         "list.\nThe weights were reset, the moments were loaded by position.",
-        "To go on and keep what is shared: --resume with MODEL.HEAD_ADAPT.RESUME adapt. To start afresh: no --resume "
-        "and a new OUTPUT_DIR.",
+        f"To go on and keep what is shared: --resume with {HEAD_ADAPT.RESUME.set('adapt')}. To start afresh: no "
+        f"--resume and a new {OUTPUT_DIR}.",
         "HA307",
     )
 
@@ -118,21 +119,21 @@ def _embedding(a: int, b: int, dim: int) -> Answer:
         return (
             f"The classifier has {a} rows (classes) and the embedding file has {b}: the file is for another list of "
             "classes.\nThe widths agree, so the encoder is the right one.",
-            "Pick rows by name: MODEL.HEAD_ADAPT.PREDICTOR HeadAdaptTextOutputLayers, MODEL.HEAD_ADAPT.TEXT.FILE and "
-            f"MODEL.HEAD_ADAPT.TEXT.NAMES. In plain RegionCLIP: MODEL.ROI_HEADS.NUM_CLASSES {b}, or the file of your "
+            f"Pick rows by name: {HEAD_ADAPT.PREDICTOR.set('HeadAdaptTextOutputLayers')}, {HEAD_ADAPT.TEXT.FILE} and "
+            f"{HEAD_ADAPT.TEXT.NAMES}. In plain RegionCLIP: {MODEL.ROI_HEADS.NUM_CLASSES.set(b)}, or the file of your "
             "classes.",
             "HA403",
         )
     ours = f" ({ENCODERS[a]} in CLIP)" if a in ENCODERS else ""
     theirs = f" ({ENCODERS[b]} in CLIP)" if b in ENCODERS else ""
-    regionclip = f"MODEL.CLIP.TEXT_EMB_DIM {b}"
+    regionclip = f"{MODEL.CLIP.TEXT_EMB_DIM.set(b)}"
     if b == 640:
-        regionclip += " MODEL.RESNETS.DEPTH 200 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 18"
+        regionclip += f" {MODEL.RESNETS.DEPTH.set(200)} {MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION.set(18)}"
     return (
         f"The classifier is built for embeddings {a} wide{ours}, and the file holds embeddings {b} wide{theirs}.\n"
         "This is the width of the text encoder: NUM_CLASSES has nothing to do with it.",
         f"Either take the embedding file of the model's own encoder ({a} wide), or the model of the file's encoder; "
-        f"in RegionCLIP: {regionclip} and MODEL.WEIGHTS of that model.",
+        f"in RegionCLIP: {regionclip} and {MODEL.WEIGHTS} of that model.",
         "HA402",
     )
 
@@ -143,8 +144,8 @@ def _device_assert(m: re.Match[str], before: str) -> Answer:
         "A label is not below the classifier's number of classes (or below 0): NUM_CLASSES is smaller than the "
         "dataset's\nlist, or an annotation has a stray category. CUDA reports it late, so the traceback misleads.",
         "d2-headadapt doctor --config-file YAML names image, annotation and id. Set the class count with "
-        "MODEL.ROI_HEADS.NUM_CLASSES (RetinaNet: MODEL.RETINANET.NUM_CLASSES), or train through this package, which "
-        "takes it from DATASETS.TRAIN.",
+        f"{MODEL.ROI_HEADS.NUM_CLASSES} (RetinaNet: {MODEL.RETINANET.NUM_CLASSES}), or train through this package, "
+        f"which takes it from {DATASETS.TRAIN}.",
     )
 
 
@@ -153,8 +154,8 @@ def _out_of_bounds(m: re.Match[str], before: str) -> Answer:
     return (
         f"A label is {m['label']} and the classifier has no such row: NUM_CLASSES is too small for the dataset,\n"
         "or an annotation has a stray category.",
-        f"Set MODEL.ROI_HEADS.NUM_CLASSES (or MODEL.RETINANET.NUM_CLASSES) to at least {int(m['label']) + 1}, or run "
-        "d2-headadapt doctor --config-file YAML: it names image, annotation and id.",
+        f"Set {MODEL.ROI_HEADS.NUM_CLASSES} (or {MODEL.RETINANET.NUM_CLASSES}) to at least "
+        f"{int(m['label']) + 1}, or run d2-headadapt doctor --config-file YAML: it names image, annotation and id.",
     )
 
 
@@ -169,7 +170,7 @@ def _device_assert_alone(m: re.Match[str], before: str) -> Answer:
         "A kernel refused an index; in detection it is nearly always a label outside [0, NUM_CLASSES].\n"
         "CUDA reports it late, so the line that the traceback shows is not the one that failed.",
         "d2-headadapt doctor --config-file YAML looks at every label on the CPU. Or run with CUDA_LAUNCH_BLOCKING=1, "
-        "or MODEL.DEVICE cpu, to see the line.",
+        f"or {MODEL.DEVICE.set('cpu')}, to see the line.",
     )
 
 
@@ -187,7 +188,7 @@ def _batches(m: re.Match[str], before: str) -> Answer:
         mend += f": nn.Linear({real}, ...)" if written else f", {real} in that case"
     else:
         cause += f"An image has C x H x W values, {a}/{b} = {a / b:.4g} times N."
-    return cause, f"{mend}. Or let this package build the heads (MODEL.TASKS): it finds the width by itself."
+    return cause, f"{mend}. Or let this package build the heads ({TASKS}): it finds the width by itself."
 
 
 def _as_maps(values: int) -> str:

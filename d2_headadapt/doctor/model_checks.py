@@ -12,9 +12,11 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import ConfigError
+from ..key import MODEL
 from ..modeling.task_dry_run import evaluating
 from .component_checks import components
-from .finding import DoctorContext, Finding, PartMissing, check
+from .finding import DoctorContext, Finding, PartMissing, check, finding_of
 from .walking import Trouble, tensors_of, walk
 
 BATCHES = (2, 3)
@@ -30,7 +32,7 @@ def builds(context: DoctorContext) -> Iterator[Finding]:
     error = context.failure("model")
     # Where a component is not registered, HA128 has said it; a LazyConfig names none.
     if error is not None and (context.is_lazy or not list(components(context))):
-        yield Finding.of("HA501", error, where=f"MODEL.META_ARCHITECTURE {context.cfg.MODEL.META_ARCHITECTURE}")
+        yield finding_of("HA501", error, where=f"{MODEL.META_ARCHITECTURE.set(context.cfg.MODEL.META_ARCHITECTURE)}")
 
 
 @check("HA502", "the modules of the model fit each other", needs=("model",))
@@ -40,11 +42,14 @@ def shapes_fit(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA502",
             "error",
-            f"{trouble.module} ({trouble.kind})",
-            f"{trouble.message} (input {trouble.inputs}, while running {trouble.part})",
-            "modules whose shapes fit each other",
-            f"Correct the keys under MODEL that {trouble.module or 'it'} is built from, or its from_config: sizes of "
-            "layers come from input_shape, and what is flattened from x.flatten(1).shape[1].",
+            ConfigError(
+                f"{trouble.module} ({trouble.kind})",
+                found=f"{trouble.message} (input {trouble.inputs}, while running {trouble.part})",
+                expected="modules whose shapes fit each other",
+                fix=f"Correct the keys under {MODEL} that {trouble.module or 'it'} is built from, or its "
+                "from_config: sizes of "
+                "layers come from input_shape, and what is flattened from x.flatten(1).shape[1].",
+            ),
         )
 
 
@@ -56,10 +61,12 @@ def batch_survives(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA503",
             "error",
-            f"{trouble.module} ({trouble.kind})",
-            f"an output {trouble.message} from an input {trouble.inputs}",
-            f"{given} rows in the output, one for each region or image",
-            "Flatten with x.flatten(1), which keeps the batch, never with x.view(-1, width).",
+            ConfigError(
+                f"{trouble.module} ({trouble.kind})",
+                found=f"an output {trouble.message} from an input {trouble.inputs}",
+                expected=f"{given} rows in the output, one for each region or image",
+                fix="Flatten with x.flatten(1), which keeps the batch, never with x.view(-1, width).",
+            ),
         )
 
 
@@ -114,11 +121,13 @@ def everything_is_used(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA504",
             "warning",
-            f"{name} ({kind})",
-            "parameters that one forward pass in evaluation mode never touched",
-            "a module that forward calls",
-            f"Call {name} in the forward of the module that holds it, or remove it. If only training calls it, all is "
-            "well.",
+            ConfigError(
+                f"{name} ({kind})",
+                found="parameters that one forward pass in evaluation mode never touched",
+                expected="a module that forward calls",
+                fix=f"Call {name} in the forward of the module that holds it, or remove it. If only training calls "
+                "it, all is well.",
+            ),
         )
 
 

@@ -12,13 +12,12 @@ from detectron2.data import MetadataCatalog
 from numpy.typing import NDArray
 
 from ..data.task_spec import checked_task
+from ..setup.task_checks import WITH_ROI_HEADS
 from .coco_json import Labels, labels_of_dicts, read_coco
-from .finding import DoctorContext, Finding, PartMissing
+from .finding import DoctorContext, Finding, PartMissing, finding_of
 
 WITHOUT_BOXES = ("SemanticSegmentor", "PanopticDeepLab", "MultiTaskClassifier")
 """Meta-architectures that read no boxes."""
-WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN")
-"""Meta-architectures that read ``MASK_ON`` and ``KEYPOINT_ON``."""
 
 _read: WeakKeyDictionary[DoctorContext, dict[Any, Labels | Exception]] = WeakKeyDictionary()
 
@@ -115,5 +114,5 @@ def unreadable(context: DoctorContext, code: str, name: str) -> Finding | None:
     try:
         labels_of(context, name)
     except PartMissing as missing:
-        return Finding.of(code, missing.cause or missing, where=f"dataset {name!r}")
+        return finding_of(code, missing.cause or missing, where=f"dataset {name!r}")
     return None

@@ -11,8 +11,9 @@ from detectron2.config import CfgNode
 from ..adapt.report import summary_line
 from ..checkpoint.load import check_exists, plan_file
 from ..checkpoint.optimizer import find_state
-from ..errors import CheckpointFileError
+from ..errors import CheckpointFileError, ConfigError
 from ..files import read_checkpoint
+from ..key import HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER
 from .finding import DoctorContext, Finding, check
 
 
@@ -25,7 +26,7 @@ def last_checkpoint(cfg: CfgNode) -> str | None:
         return os.path.join(cfg.OUTPUT_DIR, file.read().strip())
 
 
-@check("HA305", "no other run lies in OUTPUT_DIR", severity="warning")
+@check("HA305", f"no other run lies in {OUTPUT_DIR}", severity="warning")
 def other_run(context: DoctorContext) -> Iterator[Finding]:
     """With --resume MODEL.WEIGHTS is ignored; without it the run in OUTPUT_DIR is overwritten."""
     cfg = context.cfg
@@ -37,18 +38,24 @@ def other_run(context: DoctorContext) -> Iterator[Finding]:
         check_exists(last, own_file=True)
         read_checkpoint(last, trust=_trusts(cfg), verify=False)
     except CheckpointFileError as error:
-        yield Finding("HA305", "warning", where, f"{last}: {error.found}", error.expected, error.fix)
+        yield Finding(
+            "HA305",
+            "warning",
+            CheckpointFileError(where, found=f"{last}: {error.found}", expected=error.expected, fix=error.fix),
+        )
         return
     weights = context.weights or cfg.MODEL.WEIGHTS
     if weights and os.path.realpath(weights) != os.path.realpath(last):
         yield Finding(
             "HA305",
             "warning",
-            where,
-            f"a run whose last checkpoint is {os.path.basename(last)}: with --resume it goes on and MODEL.WEIGHTS "
-            f"{weights} is not read; without, its files are overwritten",
-            "a folder of its own for a run that starts from other weights",
-            "Set OUTPUT_DIR to a new folder to start from MODEL.WEIGHTS, or add --resume to go on.",
+            ConfigError(
+                where,
+                found=f"a run whose last checkpoint is {os.path.basename(last)}: with --resume it goes on and "
+                f"{MODEL.WEIGHTS} {weights} is not read; without, its files are overwritten",
+                expected="a folder of its own for a run that starts from other weights",
+                fix=f"Set {OUTPUT_DIR} to a new folder to start from {MODEL.WEIGHTS}, or add --resume to go on.",
+            ),
         )
 
 
@@ -60,14 +67,17 @@ def iterations_left(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA306",
             "warning",
-            "SOLVER.MAX_ITER",
-            f"{cfg.SOLVER.MAX_ITER}, and the run in OUTPUT_DIR has done {done + 1}: --resume trains nothing",
-            f"more than {done + 1} to go on with that run",
-            f"Set SOLVER.MAX_ITER above {done + 1} to go on, or OUTPUT_DIR to a new folder for a new run.",
+            ConfigError(
+                SOLVER.MAX_ITER,
+                found=f"{cfg.SOLVER.MAX_ITER}, and the run in {OUTPUT_DIR} has done {done + 1}: --resume trains "
+                "nothing",
+                expected=f"more than {done + 1} to go on with that run",
+                fix=f"Set {SOLVER.MAX_ITER} above {done + 1} to go on, or {OUTPUT_DIR} to a new folder for a new run.",
+            ),
         )
 
 
-@check("HA307", "the optimizer in OUTPUT_DIR is of this class list", needs=("model", "settings"), severity="warning")
+@check("HA307", f"the optimizer in {OUTPUT_DIR} is of this class list", needs=("model", "settings"), severity="warning")
 def optimizer_fits(context: DoctorContext) -> Iterator[Finding]:
     """Stock detectron2 loads moments by position, and the first ``step()`` raises on two sizes."""
     cfg = context.resolved
@@ -80,11 +90,14 @@ def optimizer_fits(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA307",
             "warning",
-            last,
-            f"weights and moments of another class list or architecture: {len(changed)} tensors changed, "
-            f"{changed[0].name} first ({summary_line(plan)})",
-            "the tensors of this config where --resume is meant",
-            "Set MODEL.HEAD_ADAPT.RESUME adapt to go on with carried moments, or OUTPUT_DIR to a new folder.",
+            ConfigError(
+                last,
+                found=f"weights and moments of another class list or architecture: {len(changed)} tensors changed, "
+                f"{changed[0].name} first ({summary_line(plan)})",
+                expected="the tensors of this config where --resume is meant",
+                fix=f"Set {HEAD_ADAPT.RESUME.set('adapt')} to go on with carried moments, or {OUTPUT_DIR} to a new "
+                "folder.",
+            ),
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from termcolor import colored
 
-from ..errors import ConfigError, DatasetError, HeadAdaptError, visible
-from ..setup.lazy.words import fix_in_lazy_words, in_lazy_words
+from ..errors import HeadAdaptError, visible
+from ..key import Form, form_in_use, shown, speaking
 
 # Each module of checks enters its own when it is imported.
 from . import box_checks as box_checks
@@ -29,12 +29,15 @@ from . import resume_checks as resume_checks
 from . import text_checks as text_checks
 from . import training_checks as training_checks
 from . import weights_checks as weights_checks
-from .finding import CHECKS, Check, DoctorContext, Finding, PartMissing
+from .finding import CHECKS, Check, DoctorContext, Finding, PartMissing, finding_of
 
 logger = logging.getLogger(__name__)
 
 RANK = {"error": 0, "warning": 1, "note": 2}
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+REPORT_VERSION = 1
+"""Of the report as JSON; higher where a reader of an older one would misread it."""
+
 UNFINISHED = "HA100"
 """The code under which a check that raised is filed: the others still run."""
 
@@ -88,35 +91,27 @@ def run_checks(context: DoctorContext, checks: Iterable[Check]) -> Report:
     findings: list[Finding] = []
     not_run: dict[str, str] = {}
     count = 0
-    for one in sorted(checks, key=lambda check: check.code):
-        if context.is_lazy and one.yaml_only:
-            not_run[one.code] = one.yaml_only
-            continue
-        try:
-            for part in one.needs:
-                context.part(part)
-            findings += one.function(context)
-            count += 1
-        except PartMissing as missing:
-            not_run[one.code] = f"{missing.part}: {missing.reason}"
-        except Exception as error:
-            logger.debug("check %s raised", one.code, exc_info=True)
-            findings.append(Finding.of(UNFINISHED, error, "warning", f"check {one.code} ({one.title})"))
-    if context.is_lazy:
-        findings = [_in_lazy_words(finding) for finding in findings]
-        not_run = {code: in_lazy_words(reason) for code, reason in not_run.items()}
+    with speaking(Form.LAZY if context.is_lazy else form_in_use()):
+        for one in sorted(checks, key=lambda check: check.code):
+            if context.is_lazy and one.yaml_only:
+                not_run[one.code] = one.yaml_only
+                continue
+            try:
+                for part in one.needs:
+                    context.part(part)
+                findings += one.function(context)
+                count += 1
+            except PartMissing as missing:
+                not_run[one.code] = f"{missing.part}: {missing.reason}"
+            except Exception as error:
+                logger.debug("check %s raised", one.code, exc_info=True)
+                findings.append(finding_of(UNFINISHED, error, "warning", f"check {one.code} ({one.title})"))
     findings.sort(key=lambda finding: (RANK[finding.severity], finding.code))
     return Report(tuple(findings), not_run, count, time.perf_counter() - started)
 
 
-def _in_lazy_words(finding: Finding) -> Finding:
-    where, found = in_lazy_words(finding.where), in_lazy_words(finding.found)
-    expected, fix = fix_in_lazy_words(finding.expected), fix_in_lazy_words(finding.fix)
-    return Finding(finding.code, finding.severity, where, found, expected, fix)
-
-
-def report_text(report: Report, say: Callable[[str], str] = str) -> str:
-    """The report for a terminal: coloured where standard output is one. ``say`` puts the titles of checks."""
+def report_text(report: Report) -> str:
+    """The report for a terminal: coloured where standard output is one."""
     blocks = []
     for finding in report.findings:
         head = colored(f"{finding.severity} {finding.code}", COLOURS[finding.severity], attrs=["bold"])
@@ -126,7 +121,7 @@ def report_text(report: Report, say: Callable[[str], str] = str) -> str:
             f"{head}  {where}\n" + tabulate(lines, tablefmt="plain", maxcolwidths=[None, 100], stralign="left")
         )
     if report.not_run:
-        rows = [(code, say(CHECKS[code].title), reason) for code, reason in sorted(report.not_run.items())]
+        rows = [(code, shown(CHECKS[code].title), reason) for code, reason in sorted(report.not_run.items())]
         blocks.append(
             "not run:\n" + tabulate(rows, tablefmt="plain", maxcolwidths=[None, 50, 60], disable_numparse=True)
         )
@@ -145,9 +140,10 @@ def verdict(report: Report) -> str:
 
 
 def report_json(report: Report) -> str:
-    """The report as JSON: ``{"findings": [...], "not_run": {code: reason}, "checks": n, "seconds": s}``."""
+    """The report as JSON: ``{"version": 1, "findings": [...], "not_run": {code: reason}, "checks": n, ...}``."""
     content = {
-        "findings": [asdict(finding) for finding in report.findings],
+        "version": REPORT_VERSION,
+        "findings": [finding.to_json() for finding in report.findings],
         "not_run": report.not_run,
         "checks": report.checks,
         "seconds": round(report.seconds, 3),
@@ -159,7 +155,7 @@ def report_json(report: Report) -> str:
 def checks_markdown() -> str:
     """Every check as a table: code, what holds when it is silent, the worst it finds, whether the trainer runs it."""
     rows = [
-        (one.code, one.title, one.severity, "yes" if one.quick else "", ", ".join(one.needs))
+        (one.code, shown(one.title), one.severity, "yes" if one.quick else "", ", ".join(one.needs))
         for one in sorted(CHECKS.values(), key=lambda check: check.code)
     ]
     headers = ("code", "silent when", "worst", "before training", "needs")
@@ -194,7 +190,5 @@ def examine_before_training(cfg: CfgNode, lazy: DictConfig | None = None) -> Rep
 
 def as_error(finding: Finding) -> HeadAdaptError:
     """The exception that a finding amounts to."""
-    kind = DatasetError if finding.code.startswith("HA2") else ConfigError
-    return kind(
-        f"{finding.code}, {finding.where}", expected=finding.expected, found=finding.found, fix=finding.fix
-    )  # fmt: skip
+    where = f"{finding.code}, {finding.where}"
+    return type(finding.error)(where, expected=finding.expected, found=finding.found, fix=finding.fix)

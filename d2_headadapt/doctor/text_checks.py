@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
+from ..key import HEAD_ADAPT
 from ..modeling.text.preflight import preflight
-from ..modeling.text.problems import Problem
-from .finding import DoctorContext, Finding, Severity, check
+from .finding import DoctorContext, Finding, check
 
 TITLES = {
     "HA401": "the file of class embeddings can be read, and its rows have names",
@@ -16,12 +16,12 @@ TITLES = {
     "HA404": "class embeddings are finite and not zero",
     "HA405": "no two classes have the same embedding",
     "HA406": "class embeddings are all normalised, or none is",
-    "HA407": "the keys under MODEL.HEAD_ADAPT.TEXT can be used, and are read",
+    "HA407": f"the keys under {HEAD_ADAPT.TEXT} can be used, and are read",
 }
-_found: WeakKeyDictionary[DoctorContext, list[Problem]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[DoctorContext, list[Finding]] = WeakKeyDictionary()
 
 
-def _problems(context: DoctorContext) -> list[Problem]:
+def _problems(context: DoctorContext) -> list[Finding]:
     if context not in _found:
         _found[context] = preflight(context.cfg, context.tables.get("thing"))
     return _found[context]
@@ -31,8 +31,7 @@ def _check_of(code: str) -> Callable[[DoctorContext], Iterator[Finding]]:
     def find(context: DoctorContext) -> Iterator[Finding]:
         for problem in _problems(context):
             if problem.code == code:
-                severity: Severity = "error" if problem.severity == "error" else "warning"
-                yield Finding(code, severity, problem.where, problem.found, problem.expected, problem.fix)
+                yield problem
 
     return find
 

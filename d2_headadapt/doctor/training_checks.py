@@ -16,8 +16,10 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from ..adapt.classes import did_you_mean
+from ..errors import ConfigError
+from ..key import DATASETS, INPUT, MODEL, SOLVER, TEST, Words
 from ..setup.lazy.tree import select, target_of
-from .config_checks import DETECTION
+from ..setup.task_checks import WITH_ROI_HEADS
 from .finding import DoctorContext, Finding, PartMissing, Severity, check
 
 RATE_PER_IMAGE = 0.02 / 16
@@ -50,12 +52,14 @@ def learning_rate(context: DoctorContext) -> Iterator[Finding]:
     yield Finding(
         "HA121",
         severity,
-        "SOLVER.BASE_LR",
-        f"{rate:g} with SOLVER.IMS_PER_BATCH {batch}, {rate / rule:.3g} times detectron2's rule"
-        if rule > 0
-        else f"{rate}",
-        f"about {rule:g}: 0.02 at 16 images a batch, and in proportion to them (for SGD)",
-        f"Write SOLVER.BASE_LR: {rule:g}.",
+        ConfigError(
+            SOLVER.BASE_LR,
+            found=f"{rate:g} with {SOLVER.IMS_PER_BATCH.set(batch)}, {rate / rule:.3g} times detectron2's rule"
+            if rule > 0
+            else f"{rate}",
+            expected=f"about {rule:g}: 0.02 at 16 images a batch, and in proportion to them (for SGD)",
+            fix=f"Write {SOLVER.BASE_LR.write(f'{rule:g}')}.",
+        ),
     )
 
 
@@ -66,10 +70,12 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA122",
             "error",
-            "SOLVER.MAX_ITER",
-            f"{solver.MAX_ITER}",
-            "at least 1 iteration",
-            "Write SOLVER.MAX_ITER: 1000, or what your training needs.",
+            ConfigError(
+                SOLVER.MAX_ITER,
+                found=f"{solver.MAX_ITER}",
+                expected="at least 1 iteration",
+                fix=f"Write {SOLVER.MAX_ITER.write(1000)}, or what your training needs.",
+            ),
         )
         return
     if context.lazy is not None:
@@ -84,7 +90,9 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         fix = "Correct LR_SCHEDULER_NAME, STEPS (rising, each below MAX_ITER), BASE_LR_END or WARMUP_METHOD."
-        yield Finding("HA122", "error", "SOLVER", text, "a schedule that detectron2 can build", fix)
+        yield Finding(
+            "HA122", "error", ConfigError(SOLVER, found=text, expected="a schedule that detectron2 can build", fix=fix)
+        )
 
 
 def _lazy_schedule(lazy: DictConfig) -> Iterator[Finding]:
@@ -95,12 +103,16 @@ def _lazy_schedule(lazy: DictConfig) -> Iterator[Finding]:
         instantiate(node)
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        yield Finding("HA122", "error", "lr_multiplier", text, "a schedule that can be built", "Correct the node.")
+        yield Finding(
+            "HA122",
+            "error",
+            ConfigError("lr_multiplier", found=text, expected="a schedule that can be built", fix="Correct the node."),
+        )
 
 
 @check(
     "HA123",
-    "SOLVER.STEPS and WARMUP_ITERS lie within SOLVER.MAX_ITER",
+    f"{SOLVER.STEPS} and WARMUP_ITERS lie within {SOLVER.MAX_ITER}",
     quick=True,
     severity="warning",
     yaml_only="the marks of a LazyConfig's lr_multiplier are shares of the training",
@@ -116,33 +128,40 @@ def steps(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA123",
             "warning",
-            "SOLVER.STEPS",
-            f"{beyond} beyond SOLVER.MAX_ITER {solver.MAX_ITER}: the rate is not lowered there",
-            "steps before the last iteration",
-            f"Write SOLVER.STEPS: {late}, or [] for none.",
+            ConfigError(
+                SOLVER.STEPS,
+                found=f"{beyond} beyond {SOLVER.MAX_ITER.set(solver.MAX_ITER)}: the rate is not lowered there",
+                expected="steps before the last iteration",
+                fix=f"Write {SOLVER.STEPS.write(late)}, or [] for none.",
+            ),
         )
     if solver.WARMUP_ITERS > solver.MAX_ITER and solver.WARMUP_ITERS != context.defaults.SOLVER.WARMUP_ITERS:
         yield Finding(
             "HA123",
             "warning",
-            "SOLVER.WARMUP_ITERS",
-            f"{solver.WARMUP_ITERS} of SOLVER.MAX_ITER {solver.MAX_ITER}: the warm-up fills the whole training",
-            "a warm-up shorter than the training",
-            f"Write SOLVER.WARMUP_ITERS: {solver.MAX_ITER // 10}.",
+            ConfigError(
+                SOLVER.WARMUP_ITERS,
+                found=f"{solver.WARMUP_ITERS} of {SOLVER.MAX_ITER.set(solver.MAX_ITER)}: the warm-up fills the whole "
+                "training",
+                expected="a warm-up shorter than the training",
+                fix=f"Write {SOLVER.WARMUP_ITERS.write(solver.MAX_ITER // 10)}.",
+            ),
         )
 
 
-@check("HA124", "what TEST.EVAL_PERIOD evaluates is there", quick=True, severity="warning")
+@check("HA124", f"what {TEST.EVAL_PERIOD} evaluates is there", quick=True, severity="warning")
 def evaluation(context: DoctorContext) -> Iterator[Finding]:
     period = context.cfg.TEST.EVAL_PERIOD
     if _numbers(period) and period > 0 and not context.cfg.DATASETS.TEST:
         yield Finding(
             "HA124",
             "warning",
-            "TEST.EVAL_PERIOD",
-            f"{period}, and no DATASETS.TEST: nothing is evaluated",
-            "a dataset to evaluate, or period 0",
-            "Write DATASETS: {TEST: [my_val]}, or TEST.EVAL_PERIOD: 0.",
+            ConfigError(
+                TEST.EVAL_PERIOD,
+                found=f"{period}, and no {DATASETS.TEST}: nothing is evaluated",
+                expected="a dataset to evaluate, or period 0",
+                fix=f"Write {DATASETS.TEST.write('[my_val]')}, or {TEST.EVAL_PERIOD.write(0)}.",
+            ),
         )
 
 
@@ -150,17 +169,19 @@ def evaluation(context: DoctorContext) -> Iterator[Finding]:
 def keypoints(context: DoctorContext) -> Iterator[Finding]:
     """What no json is needed for: HA217 looks at the keypoints that datasets declare."""
     cfg = context.cfg
-    if not cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE not in DETECTION:
+    if not cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE not in WITH_ROI_HEADS:
         return
     count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
     if context.tables.get("keypoint") is None and cfg.DATASETS.TEST and count != (len(sigmas) or OKS_SIGMAS):
         yield Finding(
             "HA125",
             "error",
-            "TEST.KEYPOINT_OKS_SIGMAS",
-            f"{len(sigmas) or f'none, so the {OKS_SIGMAS} of COCO'}, for {count} keypoints",
-            "one sigma for each keypoint: COCO's evaluation stops otherwise, after the training",
-            f"Write {count} numbers, such as TEST.KEYPOINT_OKS_SIGMAS: {[0.05] * count}.",
+            ConfigError(
+                TEST.KEYPOINT_OKS_SIGMAS,
+                found=f"{len(sigmas) or f'none, so the {OKS_SIGMAS} of COCO'}, for {count} keypoints",
+                expected="one sigma for each keypoint: COCO's evaluation stops otherwise, after the training",
+                fix=f"Write {count} numbers, such as {TEST.KEYPOINT_OKS_SIGMAS.write([0.05] * count)}.",
+            ),
         )
     names = context.train_names
     lacks = any(MetadataCatalog.get(name).get("keypoint_flip_map") is None for name in names)
@@ -172,28 +193,36 @@ def keypoints(context: DoctorContext) -> Iterator[Finding]:
             yield Finding(
                 "HA125",
                 "error",
-                f"keypoint_flip_map of {', '.join(map(repr, names))}",
-                " ".join(str(error).split()),
-                "one and the same list of pairs of keypoint_names in every training set",
-                "Correct keypoint_names and keypoint_flip_map in the entries of DATASETS.REGISTER.",
+                ConfigError(
+                    f"keypoint_flip_map of {', '.join(map(repr, names))}",
+                    found=" ".join(str(error).split()),
+                    expected="one and the same list of pairs of keypoint_names in every training set",
+                    fix=f"Correct keypoint_names and keypoint_flip_map in the entries of {DATASETS.REGISTER}.",
+                ),
             )
 
 
-@check("HA126", "images can be read in INPUT.FORMAT and have its pixel mean", quick=True)
+@check("HA126", f"images can be read in {INPUT.FORMAT} and have its pixel mean", quick=True)
 def pixels(context: DoctorContext) -> Iterator[Finding]:
     cfg = context.cfg
     mean, std, form = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT
     if form not in ("BGR", "YUV-BT.601", *Image.MODES):
-        fix = f"Write INPUT.FORMAT: BGR.{did_you_mean(str(form), ['BGR', 'RGB', 'L'])}"
-        yield Finding("HA126", "error", "INPUT.FORMAT", repr(form), "BGR, RGB, L or another mode of Pillow", fix)
+        fix = f"Write {INPUT.FORMAT.write('BGR')}.{did_you_mean(str(form), ['BGR', 'RGB', 'L'])}"
+        yield Finding(
+            "HA126",
+            "error",
+            ConfigError(INPUT.FORMAT, found=repr(form), expected="BGR, RGB, L or another mode of Pillow", fix=fix),
+        )
     if len(mean) != len(std):
         yield Finding(
             "HA126",
             "error",
-            "MODEL.PIXEL_STD",
-            f"{len(std)} values, and {len(mean)} under MODEL.PIXEL_MEAN",
-            "one value for each channel under both",
-            f"Write MODEL.PIXEL_STD: {[1.0] * len(mean)}.",
+            ConfigError(
+                MODEL.PIXEL_STD,
+                found=f"{len(std)} values, and {len(mean)} under {MODEL.PIXEL_MEAN}",
+                expected="one value for each channel under both",
+                fix=f"Write {MODEL.PIXEL_STD.write([1.0] * len(mean))}.",
+            ),
         )
     default = list(context.defaults.MODEL.PIXEL_MEAN)
     swapped = (form == "RGB" and list(mean) == default) or (form == "BGR" and list(mean) == default[::-1])
@@ -201,10 +230,12 @@ def pixels(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA126",
             "note",
-            "MODEL.PIXEL_MEAN",
-            f"{list(mean)} with INPUT.FORMAT {form}, which is the mean of the other order of channels",
-            f"{list(mean)[::-1]} for {form}",
-            f"Write MODEL.PIXEL_MEAN: {list(mean)[::-1]}, if the weights were trained so.",
+            ConfigError(
+                MODEL.PIXEL_MEAN,
+                found=f"{list(mean)} with {INPUT.FORMAT.set(form)}, which is the mean of the other order of channels",
+                expected=f"{list(mean)[::-1]} for {form}",
+                fix=f"Write {MODEL.PIXEL_MEAN.write(list(mean)[::-1])}, if the weights were trained so.",
+            ),
         )
 
 
@@ -218,8 +249,9 @@ def processes(context: DoctorContext) -> Iterator[Finding]:
     if not _numbers(batch, reference):
         return
     severity: Severity = "error"
+    where: Words
     if reference:
-        count, where = reference, "SOLVER.REFERENCE_WORLD_SIZE"
+        count, where = reference, SOLVER.REFERENCE_WORLD_SIZE
         # Equal, it is not read.
         severity = "error" if reference != here else "warning"
     else:
@@ -231,10 +263,12 @@ def processes(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA127",
             severity,
-            "SOLVER.IMS_PER_BATCH",
-            f"{batch}, and {count} is {where}",
-            f"a multiple of {count}",
-            f"Write SOLVER.IMS_PER_BATCH: {max(batch // count, 1) * count}.",
+            ConfigError(
+                SOLVER.IMS_PER_BATCH,
+                found=f"{batch}, and {count} is {where}",
+                expected=f"a multiple of {count}",
+                fix=f"Write {SOLVER.IMS_PER_BATCH.write(max(batch // count, 1) * count)}.",
+            ),
         )
 
 
@@ -247,10 +281,13 @@ def evaluators(context: DoctorContext) -> Iterator[Finding]:
             yield Finding(
                 "HA129",
                 "warning",
-                f"dataset {name!r} of DATASETS.TEST",
-                "no evaluator_type in its metadata: the evaluation would stop, after the training",
-                "evaluator_type, such as 'coco'",
-                f"Register it under DATASETS.REGISTER, or set MetadataCatalog.get({name!r}).evaluator_type = 'coco'.",
+                ConfigError(
+                    f"dataset {name!r} of {DATASETS.TEST}",
+                    found="no evaluator_type in its metadata: the evaluation would stop, after the training",
+                    expected="evaluator_type, such as 'coco'",
+                    fix=f"Register it under {DATASETS.REGISTER}, or set MetadataCatalog.get({name!r}).evaluator_type "
+                    "= 'coco'.",
+                ),
             )
 
 

@@ -10,10 +10,11 @@ from ..checkpoint.keys import matched
 from ..checkpoint.load import refuse_plan
 from ..config.settings import NUM_CLASSES_KEYS
 from ..errors import ClassTableError, ConfigError, HeadAdaptError, NotFetchedError
-from .finding import DoctorContext, Finding, check
+from ..key import HEAD_ADAPT, MODEL, Key
+from .finding import DoctorContext, Finding, check, finding_of
 
-PATTERN_KEYS = tuple(f"MODEL.HEAD_ADAPT.{key}" for key in ("INCLUDE", "EXCLUDE", "RENAME"))
-ALIASES = "MODEL.HEAD_ADAPT.ALIASES"
+PATTERN_KEYS = (HEAD_ADAPT.INCLUDE, HEAD_ADAPT.EXCLUDE, HEAD_ADAPT.RENAME)
+ALIASES = HEAD_ADAPT.ALIASES
 STRAY_SHARE = 0.1
 """A backbone of which a greater share of tensors has no partner is of another kind; a few buffers may differ."""
 
@@ -25,7 +26,7 @@ def can_be_read(context: DoctorContext) -> Iterator[Finding]:
         if error is not None and not _filed_elsewhere(error):
             path = context.weights or context.cfg.MODEL.WEIGHTS
             # An address may be out of reach only here, without a network.
-            yield Finding.of("HA301", error, "warning" if _is_not_fetched(error) else "error", where=path)
+            yield finding_of("HA301", error, "warning" if _is_not_fetched(error) else "error", where=path)
 
 
 def _is_not_fetched(error: BaseException) -> bool:
@@ -36,8 +37,8 @@ def _filed_elsewhere(error: BaseException) -> bool:
     return _about(error, (*PATTERN_KEYS, ALIASES))
 
 
-def _about(error: BaseException | None, keys: Sequence[str]) -> bool:
-    return isinstance(error, (ConfigError, ClassTableError)) and error.where.startswith(tuple(keys))
+def _about(error: BaseException | None, keys: Sequence[Key]) -> bool:
+    return isinstance(error, (ConfigError, ClassTableError)) and error.is_at(*keys)
 
 
 @check("HA302", "the checkpoint covers the model", needs=("plan",))
@@ -45,31 +46,33 @@ def covers(context: DoctorContext) -> Iterator[Finding]:
     try:
         refuse_plan(context.plan, context.settings.min_coverage, context.weights_path)
     except HeadAdaptError as error:
-        yield Finding.of("HA302", error)
+        yield finding_of("HA302", error)
 
 
 @check("HA303", "the classes of every head that is loaded are known", needs=("plan",), severity="warning")
 def classes_known(context: DoctorContext) -> Iterator[Finding]:
     for notice in plan_notices(context.plan):
-        if notice.level == "unverified":
+        if notice.code == "unverified":
             yield Finding(
                 "HA303",
                 "warning",
-                context.weights_path,
-                f"{notice.what}: {notice.why}",
-                "a head whose classes are known on both sides",
-                f"Type: {notice.type_this} ({notice.hint})." if notice.hint else f"Type: {notice.type_this}.",
+                ConfigError(
+                    context.weights_path,
+                    found=f"{notice.where}: {notice.found}",
+                    expected=notice.expected,
+                    fix=notice.fix,
+                ),
             )
 
 
 @check("HA312", "no trained head is thrown away", needs=("plan",), severity="warning")
 def heads_kept(context: DoctorContext) -> Iterator[Finding]:
     for notice in discarded_heads(context.plan):
-        fix = "Build the head as the file has it, or name it in MODEL.HEAD_ADAPT.EXCLUDE if it is to be trained anew."
+        fix = f"Build the head as the file has it, or name it in {HEAD_ADAPT.EXCLUDE} if it is to be trained anew."
         if notice.type_this:
             fix = f"Type: {notice.type_this} ({notice.hint})." if notice.hint else f"Type: {notice.type_this}."
-        found = f"{notice.what}: {notice.why}"
-        yield Finding("HA312", "warning", context.weights_path, found, "the head that the file has trained", fix)
+        found, expected = f"{notice.where}: {notice.found}", "the head that the file has trained"
+        yield Finding("HA312", "warning", ConfigError(context.weights_path, found=found, expected=expected, fix=fix))
 
 
 @check("HA304", "a class list of the same length is the same list", needs=("plan",), severity="warning")
@@ -88,19 +91,23 @@ def same_count(context: DoctorContext) -> Iterator[Finding]:
             yield Finding(
                 "HA304",
                 "warning",
-                "MODEL.HEAD_ADAPT.MATCH",
-                f"{context.settings.match!r}: {differ} and becomes {target.names[i]!r}",
-                "rows that keep their class",
-                "Set MODEL.HEAD_ADAPT.MATCH name, unless the two names mean the same thing.",
+                ConfigError(
+                    HEAD_ADAPT.MATCH,
+                    found=f"{context.settings.match!r}: {differ} and becomes {target.names[i]!r}",
+                    expected="rows that keep their class",
+                    fix=f"Set {HEAD_ADAPT.MATCH.set('name')}, unless the two names mean the same thing.",
+                ),
             )
         else:
             yield Finding(
                 "HA304",
                 "note",
-                context.weights_path,
-                f"{differ} and {target.names[i]!r} in the model",
-                "nothing else: this package moves the rows by name",
-                "Load it through this package only: stock detectron2 would keep the wrong rows without a word.",
+                ConfigError(
+                    context.weights_path,
+                    found=f"{differ} and {target.names[i]!r} in the model",
+                    expected="nothing else: this package moves the rows by name",
+                    fix="Load it through this package only: stock detectron2 would keep the wrong rows without a word.",
+                ),
             )
 
 
@@ -112,31 +119,27 @@ def evaluated_rows(context: DoctorContext) -> Iterator[Finding]:
         return
     plan = context.plan
     keys = {
-        space: key for space, key in reversed(NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ())) if _has(cfg, key)
+        space: key
+        for space, key in reversed(NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ()))
+        if key.of(cfg) is not None
     }
     for space, names in plan.new_classes().items():
         count = _count_in_file(plan, space)
-        fix = "Give the weights of a finished training, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True."
+        fix = f"Give the weights of a finished training, or set {HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL.set(True)}."
         if count and space not in plan.target and space in keys:
-            fix = f"Set {keys[space]} {count}."
+            fix = f"Set {keys[space].set(count)}."
         yield Finding(
             "HA308",
             "error",
-            context.weights_path,
-            f"{len(names)} {space} classes without a trained row ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}){f'; the shapes of the file hold {count} classes' if count else ''}",
-            "a trained row for every class that is evaluated",
-            fix,
+            ConfigError(
+                context.weights_path,
+                found=f"{len(names)} {space} classes without a trained row ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''})"
+                + (f"; the shapes of the file hold {count} classes" if count else ""),
+                expected="a trained row for every class that is evaluated",
+                fix=fix,
+            ),
         )
-
-
-def _has(cfg: object, key: str) -> bool:
-    node = cfg
-    for name in key.split("."):
-        if not isinstance(node, dict) or name not in node:
-            return False
-        node = node[name]
-    return True
 
 
 def _count_in_file(plan: AdaptPlan, space: str) -> int | None:
@@ -153,30 +156,32 @@ def _count_in_file(plan: AdaptPlan, space: str) -> int | None:
 def patterns_match(context: DoctorContext) -> Iterator[Finding]:
     error = context.failure("plan")
     if error is not None and _about(error, PATTERN_KEYS):
-        yield Finding.of("HA309", error)
+        yield finding_of("HA309", error)
     patterns = context.cfg.MODEL.HEAD_ADAPT.FREEZE if "HEAD_ADAPT" in context.cfg.MODEL else []
     if patterns:
         names = [name for name, _ in context.model.named_parameters()]
         for pattern in patterns:
             try:
-                matched(names, [pattern], "MODEL.HEAD_ADAPT.FREEZE")
+                matched(names, [pattern], HEAD_ADAPT.FREEZE)
             except ConfigError as missed:
-                yield Finding.of("HA309", missed)
+                yield finding_of("HA309", missed)
 
 
 @check("HA310", "every alias names a class on both sides")
 def aliases_name_classes(context: DoctorContext) -> Iterator[Finding]:
     error = context.failure("plan")
     if error is not None and _about(error, (ALIASES,)):
-        yield Finding.of("HA310", error)
+        yield finding_of("HA310", error)
     elif context.settings.aliases and not _matched_spaces(context):
         yield Finding(
             "HA310",
             "warning",
-            ALIASES,
-            f"{len(context.settings.aliases)} of them, and no head with known classes on both sides",
-            "class tables that aliases can connect",
-            "Name the file's classes with MODEL.HEAD_ADAPT.SOURCE_CLASSES, or remove the aliases.",
+            ConfigError(
+                ALIASES,
+                found=f"{len(context.settings.aliases)} of them, and no head with known classes on both sides",
+                expected="class tables that aliases can connect",
+                fix=f"Name the file's classes with {HEAD_ADAPT.SOURCE_CLASSES}, or remove the aliases.",
+            ),
         )
 
 
@@ -209,11 +214,13 @@ def same_backbone(context: DoctorContext) -> Iterator[Finding]:
             yield Finding(
                 "HA311",
                 "warning",
-                context.weights_path,
-                f"{len(tensors)} of {total} {what}, {tensors[0].name} first",
-                "a checkpoint of this backbone",
-                "Set the backbone's keys (MODEL.RESNETS.DEPTH, NORM, STRIDE_IN_1X1...) to those the checkpoint was "
-                "made with, or use weights of this backbone.",
+                ConfigError(
+                    context.weights_path,
+                    found=f"{len(tensors)} of {total} {what}, {tensors[0].name} first",
+                    expected="a checkpoint of this backbone",
+                    fix=f"Set the backbone's keys ({MODEL.RESNETS.DEPTH}, NORM, STRIDE_IN_1X1...) to those the "
+                    "checkpoint was made with, or use weights of this backbone.",
+                ),
             )
             return
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapt.classes import shorten
 from ..data.task_spec import TaskSpec
+from ..key import MODEL, shown
 from ..modeling.task_heads import TaskHead
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ ZERO_WEIGHT = "its loss_weight is 0"
 ZERO = "its gradient is zero: nothing in the batches so far trains it, or its loss has weight 0"
 NO_HEAD = (
     "the model has no head for it: tasks on boxes need one of the ROI heads of d2_headadapt, such as "
-    "MODEL.ROI_HEADS.NAME HeadAdaptROIHeads, tasks on images MODEL.META_ARCHITECTURE MultiTaskClassifier"
+    f"{MODEL.ROI_HEADS.NAME.set('HeadAdaptROIHeads')}, tasks on images "
+    f"{MODEL.META_ARCHITECTURE.set('MultiTaskClassifier')}"
 )
 WITH_DDP = (
     'DistributedDataParallel stops at the next iteration because of it ("Expected to have finished reduction in the '
@@ -193,7 +195,7 @@ def find_untrained(
         found.append(Untrained(head, tuple(names), reason, reason in (ZERO, NO_LABEL), unused))
     there = {module.spec.name for module in modules.values() if isinstance(module, TaskHead)}
     missing = (spec.name for spec in specs if spec.name not in there)
-    return [*found, *(Untrained(f"Task {name}", (), NO_HEAD) for name in missing)]
+    return [*found, *(Untrained(f"Task {name}", (), shown(NO_HEAD)) for name in missing)]
 
 
 def _prefixes(name: str) -> list[str]:

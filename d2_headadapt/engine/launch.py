@@ -21,25 +21,19 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from ..errors import ConfigError, HeadAdaptError
+from ..key import OUTPUT_DIR
+from ..setup.arguments import add_import_argument
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """detectron2's parser with ``--import``."""
+    """Make detectron2's parser, with ``--import``.
+
+    Args:
+        epilog: the end of the help; detectron2's examples by default.
+    """
     parser: argparse.ArgumentParser = stock_argument_parser(epilog)
     add_import_argument(parser)
     return parser
-
-
-def add_import_argument(parser: argparse.ArgumentParser) -> None:
-    """``--import MODULE_OR_FILE.py``, as often as needed."""
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE_OR_FILE.py",
-        help="a module or file that registers your own components; its code runs; repeatable",
-    )
 
 
 def log_to(folder: str) -> None:
@@ -52,12 +46,16 @@ def log_to(folder: str) -> None:
         setup_logger(folder, distributed_rank=comm.get_rank(), name="d2_headadapt")
     except OSError as exc:
         raise ConfigError(
-            "OUTPUT_DIR", expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
+            OUTPUT_DIR, expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
         ) from exc
 
 
 def command(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> int:
-    """:func:`launch`, with a user's mistake as one line on standard error and its exit code.
+    """Call :func:`launch`, with a user's mistake as one line on standard error and its exit code.
+
+    Args:
+        run: takes ``args`` in every process; its result is not used.
+        args: of :func:`default_argument_parser`.
 
     Returns:
         The exit code: 0, or that of the error, also where it was met in a process that this one started.

@@ -223,7 +223,9 @@ def adapt_state_dict(
     source: Named | Mapping[str, Named] | None = None,
     **more: Any,
 ) -> tuple[dict[str, torch.Tensor], AdaptPlan]:
-    """The state dict that ``model`` should load, with every row of a carried class taken by name; nothing is changed.
+    """Compute the state dict that ``model`` should load, with every row of a carried class taken by name.
+
+    Nothing is changed.
 
     Args:
         weights: a checkpoint's path or address, a state dict, or a dict with a state dict under ``model`` (then the
@@ -332,6 +334,7 @@ def fit_rows(
 
     Raises:
         DatasetError: no image at all, images of another form, or classes that the model does not have.
+        ConfigError: settings that cannot be used, or several processes without ``mapper``.
         HeadAdaptError: whatever is raised, the model is as it was.
 
     Example:

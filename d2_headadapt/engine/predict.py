@@ -33,7 +33,11 @@ from ..data.task_spec import TaskSpec, task_specs
 from ..errors import CheckpointFileError, ConfigError, DatasetError
 from ..evaluation.drawing import draw_tasks, image_lines
 from ..files import read_checkpoint, write_text
+from ..key import MODEL
 from ..setup.recipe import Recipe
+
+PREDICTIONS_VERSION = 1
+"""Of predictions.json; higher where a reader of an older one would misread it."""
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -95,7 +99,7 @@ class Predictor:
         }
         if not found and not tasks:
             raise ConfigError(
-                "MODEL.META_ARCHITECTURE",
+                MODEL.META_ARCHITECTURE,
                 expected="a model that gives boxes, or tasks of images",
                 found=f"{type(self.model).__name__}, which gives {', '.join(output)}",
                 fix="Type d2-headadapt export to run it elsewhere, or d2-headadapt train --eval-only to measure it.",
@@ -168,6 +172,8 @@ def image_files(names: Sequence[str]) -> list[Path]:
 def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, least_score: float) -> Iterator[str]:
     """Write ``predictions.json`` and one picture for each image into a folder.
 
+    The JSON is ``{"version": 1, "images": [{"file": ..., "height": ..., "width": ..., ...}, ...]}``, boxes in pixels.
+
     Args:
         predictor: the model.
         files: images; one that cannot be read, or that the model fails on, is reported and passed over.
@@ -216,7 +222,8 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, lea
             found=f"none of {len(found)}; of the first: {found[0]['error']}",
             fix="Name other images. Nothing was written.",
         )
-    write_text(os.path.join(output, "predictions.json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    content = {"version": PREDICTIONS_VERSION, "images": found}
+    write_text(os.path.join(output, "predictions.json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _line(told: Mapping[str, Any], tasks: Sequence[str]) -> str:

@@ -34,10 +34,10 @@ from ..doctor.running import examine_before_training
 from ..errors import ConfigError, PlanRefused, UsageError
 from ..evaluation.build import build_evaluator as build_evaluator
 from ..fit.hook import FitHook
+from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER, YAML
 from ..setup.build import building
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
-from .launch import add_import_argument as add_import_argument
 from .launch import command as command
 from .launch import ddp_without_gpus, log_to
 from .launch import default_argument_parser as default_argument_parser
@@ -68,6 +68,12 @@ class Trainer(DefaultTrainer):
 
     Several processes also work on CPUs. Before anything is built, the doctor looks at the config
     (``MODEL.HEAD_ADAPT.DOCTOR``).
+
+    Args:
+        cfg: of :func:`setup`, or any config with this package's keys.
+
+    Raises:
+        HeadAdaptError: the first error that the doctor finds, or what building the model and its data meets.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -79,6 +85,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model, attach its class tables, and freeze what ``MODEL.HEAD_ADAPT.FREEZE`` names."""
         with building():
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg, required=True))
@@ -88,6 +95,7 @@ class Trainer(DefaultTrainer):
         return model
 
     def build_hooks(self) -> list[HookBase | None]:
+        """Make stock's hooks on the adaptive checkpointer, with the fit and the watch over heads before them."""
         # Here rather than after __init__, because the stock hooks keep a reference to the checkpointer.
         self.checkpointer = HeadAdaptCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks: list[HookBase | None] = super().build_hooks()
@@ -101,12 +109,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
+        """Build stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
         return build_task_train_loader(cfg) if cfg.MODEL.get("TASKS") else super().build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
+        """Build stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
         if cfg.MODEL.get("TASKS"):
             return build_task_test_loader(cfg, dataset_name)
         return super().build_test_loader(cfg, dataset_name)
@@ -122,12 +130,21 @@ class Trainer(DefaultTrainer):
         say_what_is_left(self.start_iter, self.max_iter)
 
     def before_train(self) -> None:
+        """Start like the parent, and put the plan into the run's record."""
         super().before_train()
         record_plan(self.checkpointer, self.storage, self.start_iter)
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """Evaluate with test-time augmentation, as ``TEST.AUG`` says; results get the suffix ``_TTA``."""
+        """Evaluate with test-time augmentation, as ``TEST.AUG`` says.
+
+        Args:
+            cfg: its ``DATASETS.TEST`` are evaluated on.
+            model: with its weights.
+
+        Returns:
+            Results by kind, with the suffix ``_TTA``.
+        """
         logger.info("Running inference with test-time augmentation ...")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
@@ -136,6 +153,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """Build what :func:`build_evaluator` builds."""
         return build_evaluator(cfg, dataset_name, output_folder)
 
 
@@ -143,7 +161,9 @@ def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: 
     """One line where a run goes on from its own checkpoint and the config names another file."""
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
     if last and weights and weights != last:
-        logger.info("Going on from %s, the last checkpoint of OUTPUT_DIR; MODEL.WEIGHTS %s is not read.", last, weights)
+        logger.info(
+            "Going on from %s, the last checkpoint of %s; %s is not read.", last, OUTPUT_DIR, MODEL.WEIGHTS.set(weights)
+        )
 
 
 class OwnFolder(HookBase):
@@ -181,9 +201,7 @@ def say_what_is_left(done: int, wanted: int) -> None:
     """One line where a run has done its iterations already."""
     if done >= wanted:
         logger.warning(
-            "Nothing is left to train: %d of SOLVER.MAX_ITER %d iterations are done. Set SOLVER.MAX_ITER higher.",
-            done,
-            wanted,
+            "Nothing is left to train: %d of %d iterations are done. Set %s higher.", done, wanted, SOLVER.MAX_ITER
         )
 
 
@@ -218,21 +236,34 @@ def refuse_new_rows(checkpointer: HeadAdaptCheckpointer, allowed: bool, where: s
                 where,
                 expected="every parameter of the model in the file",
                 found=f"none of its shape for {shorten(drawn, 3)}",
-                fix="Use the config that the file was made with, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True.",
+                fix="Use the config that the file was made with, or set "
+                f"{HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL.set(True)}.",
             )
         return
     names = "; ".join(f"{space}: {shorten(classes)}" for space, classes in checkpointer.untrained.items())
-    names = names or "every class, because MODEL.WEIGHTS is empty"
+    names = names or f"every class, because {MODEL.WEIGHTS} is empty"
     raise PlanRefused(
         where,
         expected="every class carried, fitted or trained",
         found=f"random rows for {names}",
-        fix="Train first, name the right file in MODEL.WEIGHTS, or set MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL True.",
+        fix=f"Train first, name the right file in {MODEL.WEIGHTS}, or set "
+        f"{HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL.set(True)}.",
     )
 
 
 def main(args: argparse.Namespace) -> Any:
-    """What ``tools/train_net.py`` runs in every process: train, or evaluate with ``--eval-only``."""
+    """Train, or evaluate with ``--eval-only``: what ``tools/train_net.py`` runs in every process.
+
+    Args:
+        args: of :func:`default_argument_parser`.
+
+    Returns:
+        The results of the evaluation, by dataset or by kind.
+
+    Raises:
+        UsageError: nothing to train on.
+        HeadAdaptError: whatever else is refused.
+    """
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -240,7 +271,7 @@ def main(args: argparse.Namespace) -> Any:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         refuse_new_rows(checkpointer, cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL)
         if not cfg.DATASETS.TEST:
-            logger.warning("Nothing is evaluated: DATASETS.TEST is empty.")
+            logger.warning("Nothing is evaluated: %s is empty.", DATASETS.TEST)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
@@ -249,10 +280,10 @@ def main(args: argparse.Namespace) -> Any:
         return results
     if not cfg.DATASETS.TRAIN:
         raise UsageError(
-            "DATASETS.TRAIN",
+            DATASETS.TRAIN,
             expected="a dataset to train on",
             found="none",
-            fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+            fix=f"Name one in the {YAML}, or add {DATASETS.TRAIN.set(('my_train',))}.",
         )
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

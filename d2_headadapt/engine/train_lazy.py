@@ -31,10 +31,10 @@ from ..errors import ConfigError, UsageError
 from ..fit.hook import FitHook
 from ..fit.lookahead import CalmSettings
 from ..fit.settings import FitSettings
-from ..setup.lazy.loading import load
+from ..key import DATASETS, Form, form_of
+from ..setup.lazy.loading import in_words_of, load
 from ..setup.lazy.preparing import prepare
 from ..setup.lazy.tree import built, names_in, select, target_of
-from ..setup.lazy.words import is_lazy_file, lazy_words
 from ..setup.recipe import LazyRecipe
 from .gradient_watch import UntrainedHeads
 from .launch import log_to
@@ -64,7 +64,7 @@ def setup(args: argparse.Namespace) -> LazyRecipe:
     Raises:
         HeadAdaptError: what cannot be read or used.
     """
-    if not is_lazy_file(args.config_file):
+    if form_of(args.config_file) is not Form.LAZY:
         raise UsageError(
             "--config-file",
             expected="a LazyConfig, a .py file",
@@ -125,7 +125,7 @@ def _check_evaluation(lazy: DictConfig) -> None:
 
 def main(args: argparse.Namespace) -> Any:
     """Train, or evaluate with ``--eval-only``, in every process."""
-    with lazy_words(args.config_file):
+    with in_words_of(args.config_file):
         recipe = setup(args)
         return evaluate_only(recipe, args.resume) if args.eval_only else train(recipe, args.resume)
 
@@ -179,7 +179,7 @@ def _evaluator(recipe: LazyRecipe) -> DatasetEvaluator | list[DatasetEvaluator] 
 def _only(names: tuple[str, ...]) -> str:
     if len(names) != 1:
         raise ConfigError(
-            "DATASETS.TEST",
+            DATASETS.TEST,
             expected="one dataset, or a node dataloader.evaluator for several",
             found=repr(list(names)),
             fix="Name one, or write dataloader.evaluator = [L(COCOEvaluator)(...), ...].",

@@ -22,10 +22,16 @@ from detectron2.evaluation import (
 from ..data.task_datasets import settle_tasks
 from ..data.task_spec import task_specs
 from ..errors import ConfigError, DatasetError
+from ..key import TASKS
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-    """The evaluator that a dataset's metadata asks for with ``evaluator_type``, and one for the tasks of the config.
+    """Build the evaluator that a dataset's ``evaluator_type`` asks for, and one for the tasks of the config.
+
+    Args:
+        cfg: with ``MODEL.TASKS``, where there are any.
+        dataset_name: a registered dataset.
+        output_folder: where results are written; ``inference`` in ``OUTPUT_DIR`` by default.
 
     Raises:
         DatasetError: the dataset names no type, or one that neither detectron2 nor this package has an evaluator for.
@@ -58,10 +64,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         )
     if kind == "tasks" and not judge_tasks:
         raise ConfigError(
-            "MODEL.TASKS",
+            TASKS,
             expected=f"a task to evaluate on dataset {dataset_name!r}, which has labels of tasks alone",
             found="none",
-            fix='Declare one: MODEL: {TASKS: {colour: {"on": image}}}.',
+            fix=f"Declare one: {TASKS.write({'colour': {'on': 'image'}})}.",
         )
     # A model of whole images has no detections for the others.
     images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"

@@ -33,7 +33,7 @@ def draw_tasks(
     least_score: float = 0.5,
     scale: float = 1.0,
 ) -> VisImage:
-    """An image with what a model says of it; the same colours for the same input.
+    """Draw what a model says of an image; the same colours for the same input.
 
     Args:
         image: RGB (H, W, 3) uint8.

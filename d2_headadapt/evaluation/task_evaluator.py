@@ -23,6 +23,7 @@ from ..adapt.classes import shorten
 from ..data.task_mapper import label_tensor
 from ..data.task_spec import TaskSpec
 from ..errors import DatasetError
+from ..key import DATASETS
 from .metric_files import confusion_picture, file_stem, metrics_json, metrics_markdown
 from .metrics import TaskMetrics, multi_label_metrics, single_label_metrics
 
@@ -157,7 +158,8 @@ class TaskEvaluator(DatasetEvaluator):
                     f"dataset {self._dataset!r}, task {spec.name}",
                     expected=f"the {len(spec.table)} classes of {spec.table.origin}, in their order",
                     found=f"{len(names)}: {shorten(names)}",
-                    fix="Label it with the model's classes; those of DATASETS.REGISTER are, by engine.build_evaluator.",
+                    fix=f"Label it with the model's classes; those of {DATASETS.REGISTER} are, by "
+                    "engine.build_evaluator.",
                 )
 
     def _take_image(self, spec: TaskSpec, truth: dict[str, Any], output: Mapping[str, Any]) -> None:

@@ -96,7 +96,7 @@ def export_model(
 
 
 def export_predictor(predictor: Predictor, form: str, files: Sequence[Path]) -> Export:
-    """:func:`export_model` of a model with its checkpoint; the file also says how images are prepared for it.
+    """Call :func:`export_model` on a model with its checkpoint; the file also says how images are prepared for it.
 
     Args:
         predictor: the model.
@@ -192,7 +192,14 @@ def _drawn_sizes(model: nn.Module, side: int) -> list[tuple[int, int]]:
 
 
 def drawn_images(sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-    """Images (3, height, width) of soft colour and noise, always the same; the last one is grey: nothing to detect."""
+    """Draw images of soft colour and noise, always the same; the last one is grey: nothing to detect.
+
+    Args:
+        sizes: (height, width) of each, in pixels.
+
+    Returns:
+        Tensors (3, height, width).
+    """
     generator = torch.Generator().manual_seed(0)
     made = []
     for height, width in sizes[:-1]:
@@ -202,7 +209,7 @@ def drawn_images(sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
 
 
 def export_lines(export: Export, checkpoint_bytes: int) -> str:
-    """What was compared, as text.
+    """Put what was compared into text.
 
     Args:
         export: verified.

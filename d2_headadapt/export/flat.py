@@ -27,6 +27,10 @@ class FlatModel:
     Args:
         model: in evaluation mode.
         image: (3, H, W), to learn the names from.
+
+    Attributes:
+        adapter: the module from an image to a tuple of tensors, which is exported.
+        names: of the tensors of that tuple.
     """
 
     def __init__(self, model: nn.Module, image: torch.Tensor) -> None:

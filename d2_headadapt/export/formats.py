@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint.provenance import Provenance
 from ..errors import CheckpointFileError, ExportError, HeadAdaptError
+from ..key import MODEL
 from .flat import FlatModel
 from .scripting import script
 from .tables import facts_of, import_onnx, is_torchscript, onnx_bytes, torchscript_bytes
@@ -21,16 +22,13 @@ OPSET = 17
 """Of ONNX. From 16 on RoIAlign knows the half-pixel shift that detectron2 uses; with detectron2's own
 ``STABLE_ONNX_OPSET_VERSION``, 11, boxes come out wrong."""
 
-ENDINGS: Mapping[str, tuple[str, ...]] = {"traced": (".ts", ".pt"), "scripted": (".ts", ".pt"), "onnx": (".onnx",)}
-"""By format, the endings of its files."""
-
 
 def exported_bytes(flat: FlatModel, form: str, known: Provenance, *, any_size: bool = True) -> bytes:
     """The file of a model.
 
     Args:
         flat: on the CPU, in evaluation mode.
-        form: a key of :data:`ENDINGS`.
+        form: ``traced``, ``scripted`` or ``onnx``.
         known: what the file says of itself.
         any_size: images of other sizes than ``flat.image`` shall do.
 
@@ -65,7 +63,7 @@ def _onnx(flat: FlatModel, known: Provenance, any_size: bool) -> bytes:
             f"format onnx, {type(flat.model).__name__}",
             expected="a model without a keypoint head",
             found="detectron2's keypoint head, whose loop over detections torch's exporter cannot write",
-            fix="Type --format traced, or MODEL.KEYPOINT_ON False.",
+            fix=f"Type --format traced, or {MODEL.KEYPOINT_ON.set(False)}.",
         )
     buffer = io.BytesIO()
     with refusing(
@@ -137,7 +135,7 @@ class ExportedModel:
     def __init__(self, content: bytes, path: str = "the exported file") -> None:
         self.facts = facts_of(content, path)
         about = self.facts.extra.get("export")
-        if not isinstance(about, Mapping) or about.get("format") not in ENDINGS:
+        if not isinstance(about, Mapping) or about.get("format") not in _EXPORTERS:
             raise CheckpointFileError(
                 path,
                 expected="a file that d2-headadapt export wrote",
@@ -159,7 +157,15 @@ class ExportedModel:
 
     @classmethod
     def open(cls, path: str) -> ExportedModel:
-        """The model of a file."""
+        """Open a file that ``d2-headadapt export`` wrote.
+
+        Args:
+            path: whatever detectron2's ``PathManager`` understands.
+
+        Raises:
+            CheckpointFileError: another file.
+            ExportError: an ONNX file, and a package to run it is not installed.
+        """
         try:
             with open(PathManager.get_local_path(path), "rb") as file:
                 return cls(file.read(), path)

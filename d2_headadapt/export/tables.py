@@ -22,6 +22,7 @@ from ..errors import CheckpointFileError, ExportError
 from ..files import replace_file
 
 ENTRY = "d2_headadapt.json"
+"""Name of what an exported file says of itself: an extra file of TorchScript, a property of ONNX."""
 
 
 def embed_tables(module: Any, path: str, tables: Mapping[str, ClassTable]) -> None:
@@ -51,14 +52,15 @@ def embed_tables(module: Any, path: str, tables: Mapping[str, ClassTable]) -> No
     write_bytes(path, onnx_bytes(module, known) if is_onnx else torchscript_bytes(module, known))
 
 
-def write_bytes(path: str, content: bytes) -> None:
-    """Write an exported file, whole or not at all."""
+def write_bytes(path: str, content: bytes, *, exclusive: bool = False) -> None:
+    """Write an exported file, whole or not at all.
 
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            file.write(content)
-
-    replace_file(path, write)
+    Args:
+        path: a local file.
+        content: its bytes.
+        exclusive: not over one that is there.
+    """
+    replace_file(path, lambda file: file.write(content), exclusive=exclusive)
 
 
 def torchscript_bytes(module: torch.jit.ScriptModule, known: Provenance) -> bytes:
@@ -84,7 +86,7 @@ def _json(known: Provenance) -> str:
 
 
 def read_tables(path: str) -> dict[str, ClassTable]:
-    """Class tables by label space and task of a TorchScript or ONNX file.
+    """Read the class tables, by label space and task, of a TorchScript or ONNX file.
 
     Only the entry is read: no code of the file runs, and neither its operators nor a device have to be there.
 
@@ -99,9 +101,10 @@ def read_tables(path: str) -> dict[str, ClassTable]:
 
 
 def read_facts(path: str) -> Provenance:
-    """Everything that an exported file says of itself: ``tables``, and ``extra["export"]`` where our command wrote it.
+    """Read everything that an exported file says of itself: ``tables``, and ``extra["export"]`` of our command.
 
-    Args, raises: those of :func:`read_tables`.
+    Args:
+        path: as :func:`read_tables`, which raises the same.
     """
     try:
         with open(PathManager.get_local_path(path), "rb") as file:
@@ -115,7 +118,7 @@ def facts_of(content: bytes, path: str) -> Provenance:
     try:
         text = _torchscript_entry(content) if is_torchscript(content) else _onnx_entry(content)
         data = json.loads(text) if text is not None else None
-    except (ValueError, zipfile.BadZipFile) as exc:
+    except (ValueError, RecursionError, zipfile.BadZipFile) as exc:
         raise _no_file(path, exc) from exc
     if text is None:
         raise CheckpointFileError(

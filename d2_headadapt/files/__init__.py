@@ -10,24 +10,27 @@ Checksums: the zip format of torch has a CRC-32 for each tensor, which :func:`ve
 from __future__ import annotations
 
 import difflib
-import io
+import functools
 import mmap as memory_map
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from ..errors import CheckpointFileError
-from . import safetensor_files, torchfile, torchzip
-from .pickle_machine import DAMAGED
+from . import safetensor_files, torchfile
 from .saving import existing_output as existing_output
+from .saving import is_same_file as is_same_file
 from .saving import replace_file as replace_file
 from .saving import write_checkpoint as write_checkpoint
 from .saving import write_text as write_text
-from .unpickling import SafeUnpickler, trusted
+from .unpickling import DAMAGED, SafeUnpickler, Unpickler
+
+MAX_NESTING = 100
+"""Levels of dicts and lists in a file. Checkpoints have under ten; copying or saving a thousand ends in an error."""
 
 _HEAD = 512
 _OTHER_CONTENT = {
@@ -67,7 +70,7 @@ def read_checkpoint(path: str, *, trust: bool = False, verify: bool = True, mmap
 
     Example:
         >>> import tempfile, torch
-        >>> from d2_headadapt.files import read_checkpoint
+        >>> from d2_headadapt import read_checkpoint
         >>> folder = tempfile.TemporaryDirectory()
         >>> torch.save({"fc.bias": torch.ones(2)}, f"{folder.name}/bare.pth")
         >>> read_checkpoint(f"{folder.name}/bare.pth", mmap=False)
@@ -120,19 +123,21 @@ def verify_tensors(path: str, tensors: Mapping[str, Any]) -> list[str]:
 
 def named_tensors(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Every tensor in nested dicts, lists and tuples, under its keys joined with ``/``."""
-    found: dict[str, torch.Tensor] = {}
+    return {name: value for name, value, _ in _walk(tree) if isinstance(value, torch.Tensor)}
+
+
+def _walk(tree: Any) -> Iterator[tuple[str, Any, int]]:
+    """Every value in nested dicts, lists and tuples: its keys joined with ``/``, itself, how deep it lies."""
     seen: set[int] = set()  # a pickle may hold a list inside itself
-    waiting: list[tuple[str, Any]] = [("", tree)]
+    waiting: list[tuple[str, Any, int]] = [("", tree, 0)]
     while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+        name, value, depth = waiting.pop()
+        yield name, value, depth
+        if isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            children = [(f"{name}/{key}" if name else str(key), part) for key, part in items]
+            children = [(f"{name}/{_text(key)}" if name else _text(key), part, depth + 1) for key, part in items]
             waiting.extend(reversed(children))
-    return found
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -143,11 +148,16 @@ def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _read(path: str, *, trust: bool, mapped: bool) -> tuple[str, Any]:
     kind = _kind(path, _head(path))
     try:
-        return kind, _load(path, kind, trust=trust, mapped=mapped)
+        loaded = _load(path, kind, trust=trust, mapped=mapped)
     except (OSError, MemoryError) as error:
         # A failing disk, or no room for a file that is sound.
         found = f"{type(error).__name__}: {error}" if str(error) else "not enough memory"
         _refuse(path, found, "Copy it to another disk, or free some memory.", error)
+    for name, _, depth in _walk(loaded):
+        if depth > MAX_NESTING:
+            found = f"values nested more than {MAX_NESTING} deep, under {name.partition('/')[0][:80]!r}"
+            _refuse(path, found, "Save tensors, and plain values in a few levels of dicts and lists.")
+    return kind, loaded
 
 
 def _head(path: str) -> bytes:
@@ -179,7 +189,7 @@ def _kind(path: str, head: bytes) -> str:
     for start, content in _OTHER_CONTENT.items():
         if head.startswith(start):
             _refuse(path, content, "Name a .pth, .pkl or .safetensors file of weights.")
-    if head.startswith(torchzip.SIGNATURE):
+    if head.startswith(torchfile.ZIP_MAGIC):
         return "zip"
     if head.startswith(torchfile.LEGACY_MAGIC):
         return "legacy"
@@ -201,11 +211,9 @@ def _load(path: str, kind: str, *, trust: bool, mapped: bool) -> Any:
         return torchfile.load_zip(path, trust=trust, mapped=mapped)
     if kind == "legacy":
         return torchfile.load_legacy(path, trust=trust)
-    with open(path, "rb") as file:
-        if trust:
-            return trusted(path, io.BytesIO(file.read()), encoding="latin1")
-        with memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ) as data:
-            return SafeUnpickler(data, where=path, encoding="latin1").load()
+    reader = Unpickler if trust else SafeUnpickler
+    with open(path, "rb") as file, memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ) as data:
+        return reader(data, where=path, size=len(data), encoding="latin1").load()
 
 
 def _stock_form(path: str, kind: str, loaded: Any) -> dict[str, Any]:
@@ -258,12 +266,35 @@ def _check_model(path: str, model: Any) -> None:
         if isinstance(value, torch.Tensor):
             if not is_dense(value):
                 _refuse(path, f"a sparse, quantised or empty-handed tensor {_short(name)}", "Save dense tensors.")
+            if not _is_converted(value.dtype):
+                _refuse(
+                    path, f"{value.dtype} in {_short(name)}, which torch converts to nothing", "Save it as float32."
+                )
         elif name.endswith("_extra_state"):
             continue
         elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
             model[name] = np.asarray(value, value.dtype.newbyteorder("="))
+            if not _is_tensor_type(value.dtype):
+                _refuse(path, f"an array of {value.dtype} under {_short(name)} in 'model'", "Save it as float32.")
         else:
             _refuse(path, f"{_name_of(value)} under {_short(name)} in 'model'", "Save tensors only under 'model'.")
+
+
+@functools.cache
+def _is_converted(dtype: torch.dtype) -> bool:
+    try:
+        torch.empty(1, dtype=dtype, device="cpu").to(torch.complex64 if dtype.is_complex else torch.float32)
+    except NotImplementedError:  # numbers of fewer than 8 bits
+        return False
+    return True
+
+
+def _is_tensor_type(dtype: np.dtype[Any]) -> bool:
+    try:
+        torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
+    except TypeError:  # longdouble; unsigned integers before torch 2.3
+        return False
+    return True
 
 
 def is_dense(value: Any) -> bool:
@@ -278,8 +309,17 @@ def _name_of(value: Any) -> str:
     return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
 
+def _text(key: Any) -> str:
+    try:
+        return str(key)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return type(key).__name__
+
+
 def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bytes)) else _name_of(value)
+    if not isinstance(value, (str, int, float, bytes)):
+        return _name_of(value)
+    text = repr(value) if isinstance(value, (str, bytes)) else _text(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

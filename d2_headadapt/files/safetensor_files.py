@@ -7,8 +7,9 @@ others are restored on reading from the key ``aliases`` of that JSON.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 
@@ -16,6 +17,22 @@ from ..errors import CheckpointFileError
 
 METADATA_KEY = "d2_headadapt"
 _ALIASES = "aliases"
+_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+TYPES: dict[torch.dtype, str] = {getattr(torch, name): code for code, name in _NAMES.items()}
+"""What the format calls the types of numbers that every version of it has."""
 
 
 def read(path: str, *, mapped: bool) -> dict[str, Any]:
@@ -40,34 +57,43 @@ def read(path: str, *, mapped: bool) -> dict[str, Any]:
     return checkpoint
 
 
-def write(path: str, model: Mapping[str, torch.Tensor], provenance: Mapping[str, Any] | None) -> None:
-    """Write ``model`` to ``path``, each tensor once and contiguous."""
-    library = _library(path)
+def write(file: IO[bytes], model: Mapping[str, torch.Tensor], provenance: Mapping[str, Any] | None) -> None:
+    """Write ``model`` to ``file``, each tensor once and contiguous.
+
+    Not by the library: it writes to a temporary file of its own beside the target, which only the owner may read
+    afterwards, and which stays where the process is killed.
+
+    Raises:
+        ValueError: a tensor of a type that the format does not have.
+    """
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    owners: dict[int, str] = {}
     for name, tensor in model.items():
         value = tensor.detach()
-        memory = value.untyped_storage().data_ptr()
-        view = (memory, value.storage_offset(), value.shape, value.stride(), value.dtype)
+        view = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
         if value.numel() and view in first:
             aliases[name] = first[view]
-            continue
-        first[view] = name
-        shared = owners.setdefault(memory, name) != name
-        # The library refuses tensors that share memory: a part of another one is written as a tensor of its own.
-        tensors[name] = value.cpu().contiguous().clone() if shared else value.cpu().contiguous()
-    notes = dict(provenance or {})
-    if aliases:
-        notes[_ALIASES] = aliases
-    metadata = {"format": "pt"}
-    if notes:
-        metadata[METADATA_KEY] = json.dumps(notes, ensure_ascii=False)
-    try:
-        library.torch.save_file(tensors, path, metadata=metadata)
-    except library.SafetensorError as error:
-        raise OSError(str(error)) from error
+        else:
+            first[view], tensors[name] = name, value
+    notes = {**(provenance or {}), **({_ALIASES: aliases} if aliases else {})}
+    metadata = {"format": "pt", **({METADATA_KEY: json.dumps(notes, ensure_ascii=False)} if notes else {})}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # The widest numbers first: each tensor begins where its type may begin.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in names:
+        value = tensors[name]
+        if value.dtype not in TYPES or name in header:
+            raise ValueError(f"{name!r} of {value.dtype}, which a .safetensors file cannot hold")
+        begin, end = end, end + value.numel() * value.element_size()
+        header[name] = {"dtype": TYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        # One at a time: what is on a GPU, or no contiguous view, is copied for as long as it is written.
+        file.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _library(path: str) -> Any:

@@ -1,7 +1,8 @@
 """Writing files so that a reader finds the old one or the new one, and never half of either.
 
-A file is written under ``.NAME.HOST.PID-N.tmp`` beside its target, flushed to the disk, and renamed. What a killed
-process leaves under such a name is never taken for a checkpoint, and the next write to that folder removes it.
+A file is written without a name, flushed to the disk, named ``.NAME.HOST.PID-N.tmp`` beside its target, and renamed.
+A killed process leaves nothing; where the file system has no files without names, what it leaves under such a name is
+never taken for a checkpoint, and the next write to that folder removes it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,12 +36,13 @@ _in_progress: set[str] = set()
 _numbers = itertools.count()  # two threads may save to one name
 
 
-def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
+def write_checkpoint(path: str, checkpoint: Mapping[str, Any], *, exclusive: bool = False) -> list[str]:
     """Write ``checkpoint`` to ``path`` as its extension says, whole or not at all.
 
     Args:
         path: a local path that ends in ``.pth`` or ``.safetensors``.
         checkpoint: stock detectron2's form; ``model`` may hold numpy arrays.
+        exclusive: as in :func:`replace_file`.
 
     Returns:
         The top-level keys that were left out: a ``.safetensors`` file holds ``model`` and ``d2_headadapt`` only.
@@ -58,28 +60,19 @@ def write_checkpoint(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
             if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                 found = f"{type(value).__name__} under {str(name)[:80]!r}"
                 _refuse(path, "names and tensors in 'model'", found, "Save it as .pth.")
+            if value.dtype not in safetensor_files.TYPES:
+                _refuse(path, "numbers that the format has", f"{value.dtype} under {name[:80]!r}", "Save it as .pth.")
         provenance = checkpoint.get("d2_headadapt")
-        replace_file(path, lambda temporary: safetensor_files.write(temporary, model, provenance))
+        replace_file(path, lambda file: safetensor_files.write(file, model, provenance), exclusive=exclusive)
         return [key for key in checkpoint if key not in ("model", "d2_headadapt")]
     content = {**checkpoint, "model": model}
-
-    def write(temporary: str) -> None:
-        # An open file, not a path: torch names the archive's root after the path.
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-
-    replace_file(path, write)
+    replace_file(path, lambda file: torch.save(content, file), exclusive=exclusive)
     return []
 
 
-def write_text(path: str, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-
-    replace_file(path, write)
+def write_text(path: str, text: str, *, exclusive: bool = False) -> None:
+    """Write ``text`` to ``path``, whole or not at all; ``exclusive`` as in :func:`replace_file`."""
+    replace_file(path, lambda file: file.write(text.encode()), exclusive=exclusive)
 
 
 def existing_output(path: str, *, force: bool, inputs: Sequence[str], endings: Sequence[str] = EXTENSIONS) -> None:
@@ -102,14 +95,14 @@ def existing_output(path: str, *, force: bool, inputs: Sequence[str], endings: S
     if os.path.isdir(path):
         _refuse(path, "a file name", "a folder", "Name a file inside it.")
     for name in inputs:
-        if os.path.realpath(name) == os.path.realpath(path) or _same_file(name, path):
+        if os.path.realpath(name) == os.path.realpath(path) or is_same_file(name, path):
             _refuse(path, "an output that is not the input", f"the same file as {name}", "Name another output.")
     if os.path.lexists(path) and not force:
         _refuse(path, "an output that does not exist yet", "a file", "Name another output, or add --force.")
 
 
-def _same_file(one: str, other: str) -> bool:
-    # Two hard links have different paths and are still one file.
+def is_same_file(one: str, other: str) -> bool:
+    """Whether two paths lead to one file that exists; two hard links have different paths and are still one file."""
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
@@ -123,12 +116,13 @@ def _as_tensor(value: Any) -> Any:
     return value
 
 
-def replace_file(path: str, write: Callable[[str], None]) -> None:
+def replace_file(path: str, write: Callable[[IO[bytes]], object], *, exclusive: bool = False) -> None:
     """Put what ``write`` writes in the place of ``path``, whole or not at all.
 
     Args:
         path: a local path; a file that is there keeps its mode.
-        write: called with the name of a temporary file in the same folder.
+        write: called with an open temporary file in the same folder.
+        exclusive: ``path`` must not be there yet, not even once the writing is done.
 
     Raises:
         CheckpointFileError: it cannot be written; the file that was there before is unchanged.
@@ -136,19 +130,31 @@ def replace_file(path: str, write: Callable[[str], None]) -> None:
     # Through a link: the file it points to is what the user means to replace.
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
+    if os.path.exists(target) and not os.path.isfile(target):
+        found = "a folder" if os.path.isdir(target) else "a device or a pipe"
+        _refuse(path, "a file that can be written", found, "Name another file.")
     temporary = os.path.join(folder, f".{name}.{_HOST}.{os.getpid()}-{next(_numbers)}.tmp")
     try:
         _remove_leftovers(folder)
         _in_progress.add(temporary)
-        write(temporary)
-        if os.path.exists(target):
-            shutil.copymode(target, temporary)
-        _sync(temporary)
+        with _new_file(folder, temporary) as file:
+            write(file)
+            file.flush()
+            if os.path.exists(target):
+                os.chmod(file.fileno(), os.stat(target).st_mode & 0o7777)
+            os.fsync(file.fileno())
+            if not os.path.exists(temporary):
+                _name(file, temporary)
+        if exclusive:
+            _claim(temporary, target)
         os.replace(temporary, target)
         with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
             _sync(folder)
     except CheckpointFileError:
         raise
+    except FileExistsError:
+        found = "a file, written since this command began"
+        _refuse(path, "an output that does not exist yet", found, "Name another output, or add --force.")
     except _SAVE_ERRORS as error:
         raise CheckpointFileError(
             path,
@@ -160,6 +166,40 @@ def replace_file(path: str, write: Callable[[str], None]) -> None:
         _in_progress.discard(temporary)
         with contextlib.suppress(OSError):  # gone after a success
             os.unlink(temporary)
+
+
+def _new_file(folder: str, temporary: str) -> IO[bytes]:
+    """Open a new file without a name, which is gone with its process, or ``temporary`` where there is no such thing."""
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # a file system without
+            return os.fdopen(os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), "wb")
+    return open(temporary, "wb")
+
+
+def _name(file: IO[bytes], temporary: str) -> None:
+    """Give a whole file without a name the name ``temporary``."""
+    unnamed = f"/proc/self/fd/{file.fileno()}"
+    try:
+        # With a descriptor for relative paths, of which there is none, Python calls linkat, which follows the path.
+        os.link(unnamed, temporary, src_dir_fd=file.fileno(), follow_symlinks=True)
+    except OSError:  # a sandbox may forbid it
+        shutil.copyfile(unnamed, temporary)
+        shutil.copymode(unnamed, temporary)
+        _sync(temporary)
+
+
+def _claim(temporary: str, target: str) -> None:
+    """Make ``target`` whole in one step.
+
+    Raises:
+        FileExistsError: it is there.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: an empty file keeps the name for the whole one
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
 
 
 def _fix(folder: str, error: BaseException) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .settings import FitSettings
-from .solvers import KEEP_BOX, choose_penalty, ridge_rows
+from .solvers import KEEP_BOX, Problem, ridge_rows
 
 
 def solve_anchor_boxes(
@@ -53,7 +53,6 @@ def solve_anchor_boxes(
         squares = ((found - sample["delta"][held]) ** 2).sum(2) * near[held]
         return float(squares.sum() / near[held].sum().clamp(min=1))
 
-    penalty = settings.box_penalties[len(settings.box_penalties) // 2]
-    if held.any() and near[held].any():
-        penalty, _ = choose_penalty(settings.box_penalties, lambda p, _: ridge(~held, p), error, error(old), KEEP_BOX)
+    problem = Problem(lambda rows, p, _: ridge(rows, p), error, held, ~held, old, near.any(1))
+    penalty, _ = problem.choose(settings.box_penalties, KEEP_BOX)
     return ridge(torch.ones_like(held), penalty), penalty

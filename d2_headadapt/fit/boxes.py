@@ -16,16 +16,13 @@ from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
 from .images import ImageStream, View
-from .reservoir import Reservoir
+from .reservoir import Reservoir, room
 from .rows import RowWriter
 from .rpn import proposals_of
 from .scores import solve_boxes, solve_scores
 from .settings import FitSettings, PartReport
-from .sharing import gathered, on_rank_zero
+from .sharing import gathered, on_rank_zero, placed
 from .text import is_text, solve_text, why_not_text
-
-BYTES = 2**30
-"""No sample takes more, however wide its regions are."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def collect(
     """Regions with their best object, its class, the overlap and the box deltas toward it."""
     rpn, roi_heads = model.proposal_generator, model.roi_heads
     width = stage.predictor.cls_score.in_features
-    regions = max(2, min(settings.regions, BYTES // (4 * width)))
+    regions = max(2, room(settings.regions, width))
     low = settings.soft_iou[0] + stage.threshold - 0.5
     reservoir = Reservoir({num_classes: regions // 2}, regions // 2)
     for view in views:
@@ -177,15 +174,14 @@ def fit_boxes(
             if not sample:
                 nothing = PartReport(stage.name, "kept", "no region was found")
                 return [], nothing, writer.new(stage.classifier)
-            held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
-            placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
-            share = ((placed["overlap"] - low) / max(high - low, 1e-6)).clamp(0, 1)
-            share = torch.where(placed["label"] == num_classes, torch.zeros_like(share), share)
+            here = placed(sample, stream.held_out, device)
+            share = ((here["overlap"] - low) / max(high - low, 1e-6)).clamp(0, 1)
+            share = torch.where(here["label"] == num_classes, torch.zeros_like(share), share)
             solve = solve_text if is_text(stage.predictor.cls_score) else solve_scores
-            scores = solve(stage, placed, share, writer, num_classes, settings)
+            scores = solve(stage, here, share, writer, num_classes, settings)
             if not scores.solutions:
                 return [], PartReport(stage.name, "kept", scores.reason), scores.missing
-            boxes, penalties = solve_boxes(stage, placed, writer, num_classes, settings)
+            boxes, penalties = solve_boxes(stage, here, writer, num_classes, settings)
             report = PartReport(
                 stage.name, "solved", scores.reason, len(sample["weight"]), scores.left_out,
                 {**scores.penalties, **penalties}, scores.score,

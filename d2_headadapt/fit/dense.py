@@ -17,14 +17,13 @@ from torch import nn
 
 from .anchors import solve_anchor_boxes
 from .images import ImageStream, View
-from .reservoir import Reservoir, sample_view
+from .reservoir import Reservoir, room, sample_view
 from .rows import RowWriter, Solution
 from .rpn import CLUTTER, OBJECT, inputs_of
 from .settings import FitSettings, PartReport
-from .sharing import gathered, on_rank_zero
-from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows
+from .sharing import gathered, on_rank_zero, placed
+from .solvers import KEEP_LOSS, Frame, Problem, Targets, logistic_rows
 
-BYTES = 2**30
 CELLS_PER_VIEW = 256
 CLUTTER_PER_OBJECT = 3.0
 """Background weighs at most so many times what objects weigh. Focal loss does the same to the easy majority; plain
@@ -44,7 +43,7 @@ def why_not(model: Any) -> str | None:
 def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
     """Cells with the windows that ``cls_score`` and ``bbox_pred`` see, and the labels of their anchors."""
     width = sum(layer.weight[0].numel() for layer in (model.head.cls_score, model.head.bbox_pred))
-    half = max(1, min(settings.regions, BYTES // (4 * width)) // 2)
+    half = max(1, room(settings.regions, width) // 2)
     reservoir = Reservoir({OBJECT: half, CLUTTER: half}, 0)
     k = model.num_classes
     for view in views:
@@ -121,10 +120,9 @@ def fit_dense(
         missing = tuple(k for k in new if k not in shown)
         if not seen:
             return [], PartReport(name, "kept", "no image shows a new class"), missing
-        held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
-        placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
-        solutions, left_out, penalty = _solve_scores(name, placed, seen, writer, model.num_classes, settings)
-        boxes, penalties = _solve_boxes(name, placed, writer, model.num_classes, settings)
+        here = placed(sample, stream.held_out, device)
+        solutions, left_out, penalty = _solve_scores(name, here, seen, writer, model.num_classes, settings)
+        boxes, penalties = _solve_boxes(name, here, writer, model.num_classes, settings)
         reason = f"{len(seen)} new classes" + (" and boxes" if boxes else "")
         penalties = {"cls_score": penalty, **penalties}
         report = PartReport(name, "solved", reason, len(sample["weight"]), left_out, penalties)
@@ -194,11 +192,8 @@ def _solve_scores(
             total[1] += own.sum()
         return float(total[0] / total[1].clamp(min=1e-6))
 
-    penalty = settings.penalties[len(settings.penalties) // 2]
-    if held.any() and not held.all():
-        penalty, _ = choose_penalty(
-            settings.penalties, lambda p, _: solve(~held, p), loss, loss(torch.cat(priors, dim=1)), KEEP_LOSS
-        )
+    problem = Problem(lambda rows, p, _: solve(rows, p), loss, held, ~held, torch.cat(priors, dim=1))
+    penalty, _ = problem.choose(settings.penalties, KEEP_LOSS)
     solved, intercepts = frame.rows(solve(everything, penalty))
     flat_rows = rows.flatten()
     return [

@@ -35,10 +35,13 @@ class FitHook(HookBase):
 
     Args:
         dataset: gives the training set, category ids contiguous.
-        mapper: see :data:`d2_headadapt.fit.images.Mapper`.
+        mapper: see :data:`d2_headadapt.fit.Mapper`.
         new: gives the new classes; asked when training starts, after the checkpoint was loaded.
         settings: of the fit.
         calm: of the iterations that follow.
+
+    Attributes:
+        report: of the fit; ``None`` before it.
     """
 
     def __init__(
@@ -60,7 +63,12 @@ class FitHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, new: Callable[[], Mapping[str, Sequence[int]]]) -> FitHook:
-        """The hook for the training sets of a config, with the keys under ``MODEL.HEAD_ADAPT.FIT``."""
+        """Make the hook for the training sets of a config.
+
+        Args:
+            cfg: with the keys under ``MODEL.HEAD_ADAPT.FIT``.
+            new: gives the new classes, as :meth:`HeadAdaptCheckpointer.rows_to_fit`.
+        """
         fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
         return cls(partial(every_training_dict, cfg), mapper_at_test_size(cfg), new, fit, calm)
 
@@ -117,9 +125,9 @@ class FitHook(HookBase):
             self._lookahead.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """A continued run stays calm. Empty without a fit, so that a checkpoint holds nothing that stock lacks."""
+        """Write what a continued run needs to stay calm; empty without a fit, as a stock checkpoint is."""
         return {"solved": list(self._solved)} if self._solved else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the fitted parts of the run that is continued."""
+        """Take the fitted parts of the run that is continued, from ``state`` as :meth:`state_dict` wrote it."""
         self._solved = tuple(str(part) for part in state.get("solved", ()))

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..errors import ConfigError
+from ..key import HEAD_ADAPT
 
 EVERY, SHARE = 5, 0.5
 """Steps forward and the share of them that is kept: the defaults of Lookahead's paper."""
@@ -48,9 +49,7 @@ class CalmSettings:
         )
         for key, good, expected, found in checks:
             if not good:
-                raise ConfigError(
-                    f"MODEL.HEAD_ADAPT.FIT.{key}", expected=expected, found=repr(found), fix="Correct the key."
-                )
+                raise ConfigError(HEAD_ADAPT.FIT[key], expected=expected, found=repr(found), fix="Correct the key.")
 
 
 class Lookahead:

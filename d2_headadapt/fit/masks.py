@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
-from .boxes import BYTES
 from .images import ImageStream, View
-from .reservoir import Reservoir, sample_view
+from .reservoir import Reservoir, room, sample_view
 from .rows import RowWriter, Solution
 from .rpn import inputs_of, proposals_of
 from .settings import FitSettings, PartReport
-from .sharing import gathered, on_rank_zero
-from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows
+from .sharing import gathered, on_rank_zero, placed
+from .solvers import KEEP_LOSS, Frame, Problem, Targets, logistic_rows
 
 REGIONS_PER_VIEW, PIXELS_PER_REGION = 32, 48
 
@@ -43,7 +42,7 @@ def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservo
     """Pixels of regions on objects: the features under the predictor, and whether the pixel is the object's."""
     roi_heads = model.roi_heads
     width = roi_heads.mask_head.predictor.in_channels
-    reservoir = Reservoir({}, max(1, min(settings.regions, BYTES // (4 * width))))
+    reservoir = Reservoir({}, room(settings.regions, width))
     for view in views:
         truth = view.truth
         if not truth.has("gt_masks") or len(truth) == 0:
@@ -104,9 +103,7 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
         seen = [k for k in wanted if k in shown]
         if not seen:
             return [], PartReport(part, "kept", "no image shows a mask of a new class")
-        held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
-        placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
-        solutions, penalty = _solve(part, placed, seen, writer, settings)
+        solutions, penalty = _solve(part, placed(sample, stream.held_out, device), seen, writer, settings)
         penalties = {"predictor": penalty}
         return solutions, PartReport(part, "solved", f"{len(seen)} new classes", len(sample["weight"]), 0, penalties)
 
@@ -144,11 +141,8 @@ def _solve(
         losses = F.softplus(logits) - inside[held] * logits
         return float((weights[held] * losses).sum() / weights[held].sum())
 
-    penalty = settings.penalties[len(settings.penalties) // 2]
-    if held.any() and rest.any():
-        penalty, _ = choose_penalty(
-            settings.penalties, lambda p, _: solve(rest, p, prior), loss, loss(prior), KEEP_LOSS
-        )
+    problem = Problem(lambda rows, p, _: solve(rows, p, prior), loss, held, rest, prior)
+    penalty, _ = problem.choose(settings.penalties, KEEP_LOSS)
     shared = solve(new, penalty, prior)
     if layout.agnostic:
         rows, found = torch.arange(1), [shared]

@@ -15,7 +15,7 @@ _MOST = 12
 
 
 def fit_lines(report: FitReport, tables: Mapping[str, ClassTable]) -> str:
-    """The report as a table with a row for each part, then the classes without an example and the skipped images.
+    """Put the report into a table with a row for each part, then the classes without an example and the skipped images.
 
     Args:
         report: of :func:`d2_headadapt.fit.fit_new_rows`.
@@ -32,7 +32,7 @@ def fit_lines(report: FitReport, tables: Mapping[str, ClassTable]) -> str:
 
 
 def fit_json(report: FitReport, tables: Mapping[str, ClassTable], untrained: Mapping[str, Sequence[str]]) -> str:
-    """The report as JSON: that of :meth:`FitReport.to_json`, with classes by their names.
+    """Write the report as JSON: that of :meth:`FitReport.to_json`, with classes by their names.
 
     Args:
         report: of :func:`d2_headadapt.fit.fit_new_rows`.

@@ -47,6 +47,11 @@ def sample_view(base: int, count: int, limit: int) -> tuple[torch.Tensor, float]
     return numbers.sort().values, count / limit
 
 
+def room(regions: int, width: int) -> int:
+    """How many regions of ``width`` float32 features may be kept: ``regions``, and never more than 1 GiB takes."""
+    return max(1, min(regions, 2**30 // (4 * width)))
+
+
 class Reservoir:
     """Keeps the regions of smallest key in each stratum, and counts all of them.
 

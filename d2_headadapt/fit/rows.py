@@ -15,6 +15,7 @@ from torch import nn
 from ..adapt.layouts import HeadLayout
 from ..adapt.registry import layouts_of
 from ..errors import LayoutError
+from ..key import HEAD_ADAPT
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class RowWriter:
                     f"fitted rows of {solution.tensor}",
                     expected=f"finite values of shape (rows, {', '.join(map(str, target.shape[1:]))}) for new rows",
                     found=f"{tuple(solution.values.shape)}, {int(closed.sum())} of them rows that are carried",
-                    fix="Set MODEL.HEAD_ADAPT.FIT.ENABLED False and report this.",
+                    fix=f"Set {HEAD_ADAPT.FIT.ENABLED.set(False)} and report this.",
                 )
         for solution in solutions:
             target = self._tensors[solution.tensor]

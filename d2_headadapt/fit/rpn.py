@@ -6,7 +6,7 @@ C   channels of the layer's input
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,8 @@ from .images import ImageStream, View
 from .reservoir import Reservoir, sample_view
 from .rows import RowWriter, Solution
 from .settings import FitSettings, PartReport
-from .sharing import gathered, on_rank_zero, summed
-from .solvers import KEEP_LOSS, Frame, choose_penalty, logistic_rows
+from .sharing import gathered, on_rank_zero, placed, summed
+from .solvers import KEEP_LOSS, Frame, Problem, logistic_rows
 
 OBJECT, CLUTTER = 1, 0
 """Strata: cells where some anchor is an object, and all others."""
@@ -124,16 +124,14 @@ def solve(
     weight: torch.Tensor,
     bias: torch.Tensor,
     deltas: tuple[torch.Tensor, torch.Tensor],
-    held_out: Sequence[int],
     settings: FitSettings,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor], dict[str, float]]:
     """Objectness by logistic regression and deltas by ridge, both toward the old values.
 
     Args:
-        sample: of :func:`collect`.
+        sample: of :func:`collect`, with ``held``, the cells that choose the penalties.
         weight, bias: (A, C) and (A,) of the objectness layer.
         deltas: (4A, C) and (4A,) of the delta layer.
-        held_out: images that choose the penalties.
         settings: the penalties.
 
     Returns:
@@ -143,7 +141,7 @@ def solve(
     z = frame.apply(sample["x"])
     label = (sample["label"] == 1).to(z.dtype)
     weights = sample["anchor_weight"] * sample["weight"].to(z)[:, None] * (sample["label"] >= 0)
-    held = torch.isin(sample["view"] // 2, torch.tensor(list(held_out), dtype=torch.int64)).to(z.device)
+    held = sample["held"]
     chosen: dict[str, float] = {}
 
     def objectness(rows: torch.Tensor, penalty: float, start: torch.Tensor | None) -> torch.Tensor:
@@ -156,11 +154,7 @@ def solve(
 
     prior = frame.solution(weight, bias)
     everything = torch.ones_like(held)
-    penalty = settings.penalties[len(settings.penalties) // 2]
-    if held.any():
-        penalty, _ = choose_penalty(
-            settings.penalties, lambda p, start: objectness(~held, p, start), loss, loss(prior), KEEP_LOSS
-        )
+    penalty, _ = Problem(objectness, loss, held, ~held, prior).choose(settings.penalties, KEEP_LOSS)
     chosen["objectness_logits"] = penalty
     logits = frame.rows(objectness(everything, penalty, None))
 
@@ -198,9 +192,8 @@ def fit_rpn(
         if not sample or not bool((sample["label"] == 1).any()):
             return [], {}, 0
         ow, ob, dw, db = (writer.value(tensor).to(device) for tensor in tensors)
-        placed = {key: value if key in ("view", "stratum") else value.to(device) for key, value in sample.items()}
-        old_deltas = dw.flatten(1), db
-        logits, deltas, chosen = solve(placed, ow.flatten(1), ob, old_deltas, sorted(stream.held_out), settings)
+        here, old_deltas = placed(sample, stream.held_out, device), (dw.flatten(1), db)
+        logits, deltas, chosen = solve(here, ow.flatten(1), ob, old_deltas, settings)
         found: list[Solution] = []
         for tensor, old, value in zip(tensors, (ow, ob, dw, db), (*logits, *deltas), strict=True):
             found.append(Solution(tensor, torch.arange(len(old)), value.reshape(old.shape).cpu()))

@@ -7,7 +7,7 @@ K   classes of the head; column K is background
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .rows import RowWriter, Solution
 from .settings import FitSettings
-from .solvers import CHUNK, KEEP_BOX, KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows, ridge_rows, softmax_rows
+from .solvers import CHUNK, KEEP_BOX, KEEP_LOSS, Frame, Problem, Targets, logistic_rows, ridge_rows, softmax_rows
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,7 @@ def solve_scores(
     def loss(solution: torch.Tensor) -> float:
         return held_out_loss(z[held], solution, targets(held), None if fixed is None else fixed[held], sigmoid)
 
-    penalty = settings.penalties[len(settings.penalties) // 2]
-    score: dict[str, tuple[float, float]] = {}
-    if held.any() and rest.any():
-        none = loss(solve(rest, 1e3, None))
-        penalty, best = choose_penalty(
-            settings.penalties, lambda p, start: solve(rest, p, start), loss, none, KEEP_LOSS
-        )
-        score["held-out loss"] = (none, best)
+    penalty, score = Problem(solve, loss, held, rest).choose(settings.penalties, KEEP_LOSS)
     rows, biases = frame.rows(solve(keep, penalty, None))
     solutions = [
         Solution(f"{tensor}.weight", torch.tensor(columns), rows.cpu()),
@@ -191,19 +184,13 @@ def solve_boxes(
     def ridge(rows: torch.Tensor, penalty: float, toward: torch.Tensor) -> torch.Tensor:
         return ridge_rows(z[rows], part["delta"][rows], part["weight"][rows], penalty * count, toward)
 
-    def choose(name: str, fit: Callable[[torch.Tensor, float], torch.Tensor], error: Callable[[torch.Tensor], float],
-               none: float) -> float:  # fmt: skip
-        penalty = settings.box_penalties[len(settings.box_penalties) // 2]
-        if held.any() and not held.all():
-            penalty, _ = choose_penalty(settings.box_penalties, lambda p, _: fit(~held, p), error, none, KEEP_BOX)
-        chosen[name] = penalty
-        return penalty
-
     def error(solution: torch.Tensor) -> float:
         squares = ((z[held] @ solution - part["delta"][held]) ** 2).sum(1)
         return float((squares * part["weight"][held]).sum() / part["weight"][held].sum())
 
-    penalty = choose("bbox_pred", lambda rows, p: ridge(rows, p, prior), error, error(prior))
+    together = Problem(lambda rows, p, _: ridge(rows, p, prior), error, held, ~held, prior)
+    penalty, _ = together.choose(settings.box_penalties, KEEP_BOX)
+    chosen["bbox_pred"] = penalty
     everything = torch.ones_like(held)
     shared = ridge(everything, penalty, prior)
     if layout.agnostic:
@@ -225,8 +212,10 @@ def solve_boxes(
 
     # The shared solution that a class leans on here has not seen the held-out images either.
     half = ridge(~held, penalty, prior) if held.any() else shared
-    none = class_error(torch.stack([half] * len(new)))
-    penalty = choose("bbox_pred by class", lambda rows, p: by_class(rows, p, half), class_error, none)
+    alike = torch.stack([half] * len(new))
+    apart = Problem(lambda rows, p, _: by_class(rows, p, half), class_error, held, ~held, alike)
+    penalty, _ = apart.choose(settings.box_penalties, KEEP_BOX)
+    chosen["bbox_pred by class"] = penalty
     solved = by_class(everything, penalty, shared)
     shown = [i for i, k in enumerate(new.tolist()) if bool((label == k).any())]
     rows = layout.rows([int(new[i]) for i in shown], num_classes)

@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..errors import ConfigError, visible
+from ..key import HEAD_ADAPT
 
 PARTS = ("rpn", "box", "mask", "dense", "task")
 RPN_CHOICES = ("auto", "always", "never")
@@ -64,7 +65,7 @@ class FitSettings:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> FitSettings:
-        """Read the keys under ``MODEL.HEAD_ADAPT.FIT``; they are named as the fields, in capitals."""
+        """Read the keys under ``MODEL.HEAD_ADAPT.FIT`` of ``cfg``; they are named as the fields, in capitals."""
         node = cfg.MODEL.HEAD_ADAPT.FIT
         values: dict[str, Any] = {f.name: node[f.name.upper()] for f in fields(cls) if f.name.upper() in node}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -93,9 +94,7 @@ class FitSettings:
         )
         for key, good, expected, found in checks:
             if not good:
-                raise ConfigError(
-                    f"MODEL.HEAD_ADAPT.FIT.{key}", expected=expected, found=repr(found), fix="Correct the key."
-                )
+                raise ConfigError(HEAD_ADAPT.FIT[key], expected=expected, found=repr(found), fix="Correct the key.")
 
 
 def _descending(values: tuple[float, ...]) -> bool:
@@ -125,7 +124,7 @@ class PartReport:
     score: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def line(self) -> str:
-        """One line for the log."""
+        """Put what happened into one line, for the log."""
         words = [f"{self.part}: {self.action} ({self.reason})"]
         if self.regions:
             words.append(f"{self.regions} regions")
@@ -163,7 +162,7 @@ class FitReport:
         return tuple(part.part for part in self.parts if part.action == "solved")
 
     def line(self) -> str:
-        """The result in one line."""
+        """Put the result into one line."""
         new = sum(len(classes) for classes in self.new.values())
         empty = sum(len(classes) for classes in self.without_examples.values())
         words = f"fitted {new - empty} of {new} new classes on {self.images} images in {self.seconds:.1f} s"

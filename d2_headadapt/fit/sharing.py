@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
@@ -25,6 +25,18 @@ def gathered(reservoir: Reservoir) -> dict[str, torch.Tensor]:
     for other in collected:
         whole.absorb(other)
     return whole.result()
+
+
+def placed(sample: dict[str, torch.Tensor], held_out: Collection[int], device: torch.device) -> dict[str, torch.Tensor]:
+    """A sample on a device, with ``held`` (n,): whether a row is of a held-out image.
+
+    Args:
+        sample: of :func:`gathered`; its ``view`` is twice the number of the image, one more where it is mirrored.
+        held_out: numbers of images.
+        device: of the layers that are solved.
+    """
+    held = torch.isin(sample["view"] // 2, torch.tensor(sorted(held_out), dtype=torch.int64))
+    return {key: value.to(device) for key, value in {**sample, "held": held}.items()}
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 KEEP_LOSS, KEEP_BOX = 0.97, 0.9
 """Share of the best held-out gain that a stronger penalty must keep: classifiers, and box regressors."""
+NOTHING = 1e3
+"""A penalty that leaves nothing but the intercept."""
 CHUNK = 16384
 """Regions at once: bounds what the logits of 1,203 classes take."""
 
@@ -210,6 +212,42 @@ def ridge_rows(
     right = weighted.t() @ (target.double() - wide @ prior.double())
     solved: torch.Tensor = prior.double() + torch.linalg.solve(gram, right)
     return solved.to(z.dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One regression, and what its penalty is chosen by.
+
+    Args:
+        solve: (which of the n regions, penalty, solution to start from or ``None``) -> solution.
+        loss: of a solution, on the held-out regions.
+        held: (n,) bool, the held-out regions.
+        rest: (n,) bool, those that a solution is made from while penalties are judged.
+        nothing: the solution without the regions; ``None`` for what a penalty of :data:`NOTHING` leaves.
+        counts: (n,) bool, those that say something; ``None`` for all.
+    """
+
+    solve: Callable[[torch.Tensor, float, torch.Tensor | None], torch.Tensor]
+    loss: Callable[[torch.Tensor], float]
+    held: torch.Tensor
+    rest: torch.Tensor
+    nothing: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+    def choose(self, penalties: Sequence[float], share: float) -> tuple[float, dict[str, tuple[float, float]]]:
+        """The penalty by held-out loss (see :func:`choose_penalty`), or the middle one where nothing can be judged.
+
+        Returns:
+            The penalty, and the held-out loss without and with a solution under ``held-out loss``; empty if not judged.
+        """
+        held, rest = (part if self.counts is None else part & self.counts for part in (self.held, self.rest))
+        if not bool(held.any()) or not bool(rest.any()):
+            return penalties[len(penalties) // 2], {}
+        none = self.loss(self.solve(self.rest, NOTHING, None) if self.nothing is None else self.nothing)
+        penalty, best = choose_penalty(
+            penalties, lambda p, start: self.solve(self.rest, p, start), self.loss, none, share
+        )
+        return penalty, {"held-out loss": (none, best)}
 
 
 def choose_penalty(

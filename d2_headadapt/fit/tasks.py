@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from ..data.task_labels import MISSING
+from ..key import MODEL
 from ..modeling.task_boxes import has_tasks
 from ..modeling.task_dry_run import padded_size
 from ..modeling.task_heads import TaskHead, TaskHeads
 from .boxes import region_features, stages_of
 from .images import ImageStream, View
-from .reservoir import Reservoir
+from .reservoir import Reservoir, room
 from .rows import RowWriter, Solution
 from .scores import held_out_loss
 from .settings import FitSettings, PartReport
-from .sharing import gathered, on_rank_zero
-from .solvers import KEEP_LOSS, Frame, Targets, choose_penalty, logistic_rows, softmax_rows
+from .sharing import gathered, on_rank_zero, placed
+from .solvers import KEEP_LOSS, Frame, Problem, Targets, logistic_rows, softmax_rows
 
-BYTES = 2**30
 WIDEST = 8192
 """A solve whitens the features, which takes the square of their number: 200,704 flattened ones would be 150 GB."""
 
@@ -76,7 +76,7 @@ def fit_tasks(
         tensor = f"{part.name}.predictor.weight"
         problem = None if "task" in settings.parts else "FIT.PARTS leaves it out"
         if part.width > WIDEST:
-            problem = f"{part.width} features are too many to solve; MODEL.CLASSIFIER.POOLING avg has fewer"
+            problem = f"{part.width} features are too many to solve; {MODEL.CLASSIFIER.POOLING.set('avg')!s} has fewer"
         if not writer.new(tensor):
             continue
         if problem is None:
@@ -97,9 +97,7 @@ def fit_tasks(
             if not sample:
                 nothing = PartReport(part.name, "kept", "no label of the task was found")
                 return [], nothing, writer.new(f"{part.name}.predictor.weight")
-            held = torch.isin(sample["view"] // 2, torch.tensor(sorted(stream.held_out), dtype=torch.int64))
-            placed = {key: value.to(device) for key, value in sample.items()} | {"held": held.to(device)}
-            return solve_task(part.name, part.head, placed, writer, settings)
+            return solve_task(part.name, part.head, placed(sample, stream.held_out, device), writer, settings)
 
         solutions, report, without = on_rank_zero(work, part.name)
         writer.write(solutions)
@@ -119,7 +117,7 @@ def _parts(model: Any) -> Iterator[_Part]:
 
 def collect(model: Any, parts: list[_Part], views: Iterator[View], settings: FitSettings) -> dict[str, Reservoir]:
     """What each head's last layer sees of images or boxes whose label is known, and that label."""
-    reservoirs = {part.name: Reservoir({}, max(2, min(settings.regions, BYTES // (4 * part.width)))) for part in parts}
+    reservoirs = {part.name: Reservoir({}, max(2, room(settings.regions, part.width))) for part in parts}
     for view in views:
         shared: dict[int, torch.Tensor] = {}
         for part in parts:
@@ -184,18 +182,9 @@ def solve_task(
         return [], PartReport(name, "kept", "no image shows a new class"), missing
     solver = _several(sample, seen) if head.spec.multi else _one_of(head, sample, seen)
     held, everything = sample["held"], torch.ones_like(sample["held"])
-    penalty = settings.penalties[len(settings.penalties) // 2]
-    score: dict[str, tuple[float, float]] = {}
-    if float(solver.weight[held].sum()) > 0 and float(solver.weight[~held].sum()) > 0:
-        none = solver.loss(held, solver.solve(~held, 1e3, None))
-        penalty, best = choose_penalty(
-            settings.penalties,
-            lambda p, start: solver.solve(~held, p, start),
-            lambda solution: solver.loss(held, solution),
-            none,
-            KEEP_LOSS,
-        )
-        score["held-out loss"] = (none, best)
+    counts = solver.weight.sum(1) > 0
+    problem = Problem(solver.solve, lambda solution: solver.loss(held, solution), held, ~held, counts=counts)
+    penalty, score = problem.choose(settings.penalties, KEEP_LOSS)
     weight, bias = solver.frame.rows(solver.solve(everything, penalty, None))
     solutions = [
         Solution(f"{name}.predictor.weight", torch.tensor(seen), weight.cpu()),
@@ -208,7 +197,7 @@ def solve_task(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _Regression:
     """The regression of one head's new rows.
 
     Args:
@@ -245,14 +234,14 @@ class _Problem:
         return held_out_loss(self.z[rows], solution, self._targets(rows), fixed, self.several)
 
 
-def _several(sample: Mapping[str, torch.Tensor], seen: list[int]) -> _Problem:
+def _several(sample: Mapping[str, torch.Tensor], seen: list[int]) -> _Regression:
     frame = Frame.of(sample["x"])
     label = sample["label"][:, seen]
     weight = sample["weight"][:, None] * (label != MISSING)
-    return _Problem(frame, frame.apply(sample["x"]), label.clamp(min=0).to(weight), weight, None, True)
+    return _Regression(frame, frame.apply(sample["x"]), label.clamp(min=0).to(weight), weight, None, True)
 
 
-def _one_of(head: TaskHead, sample: Mapping[str, torch.Tensor], seen: list[int]) -> _Problem:
+def _one_of(head: TaskHead, sample: Mapping[str, torch.Tensor], seen: list[int]) -> _Regression:
     frame = Frame.of(sample["x"])
     label, weight = sample["label"], sample["weight"]
     if head.class_weights is not None:
@@ -263,4 +252,4 @@ def _one_of(head: TaskHead, sample: Mapping[str, torch.Tensor], seen: list[int])
     where = torch.full((len(head.spec.table),), len(seen), dtype=torch.int64, device=label.device)
     where[seen] = torch.arange(len(seen), device=label.device)
     target = F.one_hot(where[label], len(seen) + bool(still)).to(sample["x"])
-    return _Problem(frame, frame.apply(sample["x"]), target, weight[:, None], fixed, False)
+    return _Regression(frame, frame.apply(sample["x"]), target, weight[:, None], fixed, False)

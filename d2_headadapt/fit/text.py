@@ -12,7 +12,6 @@ r   dimensions of the space of the class rows and one more: no other direction c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..modeling.text.predictor import TextClassifier
 from .rows import RowWriter, Solution
 from .scores import ScoreSolution
 from .settings import FitSettings
-from .solvers import CHUNK, KEEP_LOSS, Frame, choose_penalty, whitening
+from .solvers import CHUNK, KEEP_LOSS, Frame, Problem, whitening
 
 STEPS = 40
 """Of L-BFGS: on coco128 (penalty 0.03, temperature 50) the loss was 1.07 after 10 and 0.48 after 30."""
@@ -173,7 +172,7 @@ def solve_text(
     if old is not None:
         # The learned one starts in the one direction that is no class's.
         row = basis[:, -1] @ basis if learned else F.normalize(old, dim=0) @ basis
-    problem = Projection(rows @ basis, layer.temperature, row, learned)
+    projection = Projection(rows @ basis, layer.temperature, row, learned)
     frame = Frame.of(sample["x"])
     z = frame.apply(sample["x"])
     where = torch.full((num_classes + 1,), len(seen), dtype=torch.int64, device=label.device)
@@ -182,19 +181,15 @@ def solve_text(
     target.scatter_(1, where[label][:, None], share[:, None])
     target[:, -1] += 1 - share
 
-    def solve(own: torch.Tensor) -> Callable[[float, torch.Tensor | None], torch.Tensor]:
-        return lambda penalty, start: problem.solve(z[own], target[own], weight[own], penalty, start)
+    def solve(own: torch.Tensor, penalty: float, start: torch.Tensor | None) -> torch.Tensor:
+        return projection.solve(z[own], target[own], weight[own], penalty, start)
 
     def loss(theta: torch.Tensor) -> float:
-        return float(problem.loss(z[held], target[held], weight[held], theta))
+        return float(projection.loss(z[held], target[held], weight[held], theta))
 
-    penalty = settings.penalties[len(settings.penalties) // 2]
-    score: dict[str, tuple[float, float]] = {}
-    if bool(held.any()) and not bool(held.all()):
-        none = loss(problem.start(z.shape[1]))
-        penalty, best = choose_penalty(settings.penalties, solve(~held), loss, none, KEEP_LOSS)
-        score["held-out loss"] = (none, best)
-    theta = solve(torch.ones_like(held))(penalty, None)
+    problem = Problem(solve, loss, held, ~held, projection.start(z.shape[1]))
+    penalty, score = problem.choose(settings.penalties, KEEP_LOSS)
+    theta = solve(torch.ones_like(held), penalty, None)
     wide = theta @ basis.t()
     matrix, bias = frame.rows(wide[:-1])
     every = torch.arange(len(bias))

@@ -25,9 +25,11 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ..adapt.classes import did_you_mean
+from ..config.registries import registered
 from ..config.settings import AdaptSettings, attach_settings
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import ConfigError, DatasetError
+from ..key import MODEL, TASKS
 from .task_dry_run import dry_run, padded_size
 from .task_heads import TaskHeads
 
@@ -44,6 +46,11 @@ class MultiTaskClassifier(nn.Module):
 
     An image that is smaller than its batch is padded, and only its own cells are pooled: its scores do not depend on
     the other images of the batch beyond the border of a convolution.
+
+    Attributes:
+        backbone, pooling, in_feature, input_format, input_size: as given.
+        heads: one head for each task, by name.
+        device: where the pixel mean is, and images go.
 
     Example:
         >>> import torch
@@ -100,17 +107,17 @@ class MultiTaskClassifier(nn.Module):
         in_feature = in_feature or list(features)[-1]
         if in_feature not in features:
             raise ConfigError(
-                "MODEL.CLASSIFIER.IN_FEATURE",
+                MODEL.CLASSIFIER.IN_FEATURE,
                 expected=f"a feature of {type(backbone).__name__}: {', '.join(features)}",
                 found=repr(in_feature),
                 fix=f"Correct the key, or add it to the backbone's OUT_FEATURES.{did_you_mean(in_feature, features)}",
             )
         if not specs:
             raise ConfigError(
-                "MODEL.TASKS",
+                TASKS,
                 expected="at least one task on images, which MultiTaskClassifier has heads for",
                 found="none",
-                fix='Write MODEL: {TASKS: {colour: {"on": image, classes: [red, green]}}}.',
+                fix=f"Write {TASKS.write({'colour': {'on': 'image', 'classes': ['red', 'green']}})}.",
             )
         self.backbone = backbone
         self.pooling = pooling
@@ -129,7 +136,7 @@ class MultiTaskClassifier(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The arguments that ``MODEL.CLASSIFIER`` and ``MODEL.TASKS`` describe.
+        """Read the arguments that ``MODEL.CLASSIFIER`` and ``MODEL.TASKS`` of ``cfg`` describe.
 
         Raises:
             ConfigError: no such pooling, a task on boxes, or what :func:`task_specs` refuses.
@@ -140,10 +147,10 @@ class MultiTaskClassifier(nn.Module):
         on_boxes = [spec.name for spec in specs if spec.on != "image"]
         if on_boxes:
             raise ConfigError(
-                f"MODEL.TASKS.{on_boxes[0]}.on",
+                TASKS[on_boxes[0]].on,
                 expected="image, because MultiTaskClassifier has no boxes",
                 found="'box'",
-                fix="Set it to image, or use MODEL.META_ARCHITECTURE GeneralizedRCNN with HeadAdaptROIHeads.",
+                fix=f"Set it to image, or use {MODEL.META_ARCHITECTURE.set('GeneralizedRCNN')} with HeadAdaptROIHeads.",
             )
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
@@ -162,11 +169,17 @@ class MultiTaskClassifier(nn.Module):
         }
 
     def build_heads(self, in_features: int, specs: Sequence[TaskSpec]) -> TaskHeads:
-        """The heads on features (N, ``in_features``); override it for heads of your own."""
+        """Build the heads; override it for heads of your own.
+
+        Args:
+            in_features: F of the features (N, F) that they take.
+            specs: the tasks.
+        """
         return TaskHeads(in_features, specs)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """
+        """Compute the losses in training, else the scores of each image.
+
         Args:
             batched_inputs: mapped images: ``image`` (3, H, W) and, for training, ``tasks``: a tensor for each task
                 that the image has a label of (see :meth:`TaskHead.loss`), as ``TaskMapper`` leaves them.
@@ -185,7 +198,7 @@ class MultiTaskClassifier(nn.Module):
     def logits(
         self, images: torch.Tensor, image_sizes: Sequence[tuple[int, int]] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Logits (N, K) by task.
+        """Compute logits (N, K) by task.
 
         Args:
             images: (N, 3, height, width), normalised.
@@ -202,7 +215,7 @@ class MultiTaskClassifier(nn.Module):
     def image_features(
         self, maps: Mapping[str, torch.Tensor], padded: tuple[int, int], image_sizes: Sequence[tuple[int, int]]
     ) -> torch.Tensor:
-        """What the heads see, (N, F), of the backbone's maps.
+        """Pool the backbone's maps into what the heads see, (N, F).
 
         Args:
             maps: by name, (N, C, H, W).
@@ -228,14 +241,14 @@ class MultiTaskClassifier(nn.Module):
                 f"layer pooling ({type(self.pooling).__name__})",
                 expected=f"{made_for}, {self._width} features",
                 found=f"maps {tuple(maps.shape)}, {x.shape[1]} features",
-                fix=f"Give images of MODEL.CLASSIFIER.INPUT_SIZE [{height}, {width}], set that key to their size and "
-                "train anew, or set MODEL.CLASSIFIER.POOLING avg, which takes any size.",
+                fix=f"Give images of {MODEL.CLASSIFIER.INPUT_SIZE.set(f'[{height}, {width}]')}, set that key to their "
+                f"size and train anew, or set {MODEL.CLASSIFIER.POOLING.set('avg')}, which takes any size.",
             )
         raise self._batch_lost(maps, str(tuple(x.shape)))
 
     def _batch_lost(self, maps: torch.Tensor, found: str) -> ConfigError:
         return ConfigError(
-            f"MODEL.CLASSIFIER.POOLING, layer pooling ({type(self.pooling).__name__})",
+            f"{MODEL.CLASSIFIER.POOLING}, layer pooling ({type(self.pooling).__name__})",
             expected=f"({len(maps)}, features), one row for each image, from maps {tuple(maps.shape)}",
             found=found,
             fix="Flatten with x.flatten(1), which keeps the batch, never with x.view(-1, width).",
@@ -260,7 +273,7 @@ class MultiTaskClassifier(nn.Module):
         maps = dry_run(self.backbone, (2, channels, *padded))[self.in_feature]
         if maps.dim() != 4 or len(maps) != 2:
             raise ConfigError(
-                f"MODEL.CLASSIFIER.IN_FEATURE, layer backbone ({type(self.backbone).__name__})",
+                f"{MODEL.CLASSIFIER.IN_FEATURE}, layer backbone ({type(self.backbone).__name__})",
                 expected=f"a map (2, channels, height, width) from images {(2, channels, *padded)}",
                 found=f"{self.in_feature} of {tuple(maps.shape)}",
                 fix="Name a feature that is a map.",
@@ -360,13 +373,5 @@ def build_pooling(cfg: CfgNode, shape: ShapeSpec) -> nn.Module:
         ConfigError: no step of that name.
     """
     name = cfg.MODEL.CLASSIFIER.POOLING
-    if name not in POOLING_REGISTRY:
-        known = [entry for entry, _ in POOLING_REGISTRY]
-        raise ConfigError(
-            "MODEL.CLASSIFIER.POOLING",
-            expected=f"one of {', '.join(known)}",
-            found=repr(name),
-            fix=f"Correct the key, or register your own step.{did_you_mean(name, known)}",
-        )
-    step: nn.Module = POOLING_REGISTRY.get(name)(cfg, shape)
+    step: nn.Module = registered(POOLING_REGISTRY, MODEL.CLASSIFIER.POOLING, name)(cfg, shape)
     return step

@@ -22,8 +22,10 @@ from ..adapt.classes import ClassTable, did_you_mean
 from ..adapt.detectron2_heads import fast_rcnn_layouts
 from ..adapt.layouts import HeadLayout
 from ..adapt.registry import ModuleContext
+from ..config.registries import registered
 from ..data.task_spec import TaskSpec
-from ..errors import ClassTableError, ConfigError
+from ..errors import ClassTableError
+from ..key import HEAD_ADAPT
 from .task_boxes import Predictions, features_of, log_accuracies, task_labels
 from .task_heads import TaskHeads
 
@@ -39,6 +41,10 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
     """``FastRCNNOutputLayers`` with a class table, and with classification tasks on the same region features.
 
     Forward, losses and inference are the parent's; without tasks nothing is added to them.
+
+    Attributes:
+        class_table: the K classes of the rows; ``None`` where they are not known.
+        cls_agnostic: one box regressor serves all classes.
     """
 
     @configurable
@@ -78,18 +84,23 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Read the parent's arguments; class table and tasks are given by :func:`replace_predictor`."""
         ret: dict[str, Any] = super().from_config(cfg, input_shape)
         return ret
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (R, K + 1) and deltas of regions (R, C) or (R, C, H, W); with tasks a :class:`Predictions`."""
+        """Predict scores (R, K + 1) and box deltas (R, 4 K) of regions; with tasks a :class:`Predictions`.
+
+        Args:
+            x: region features, (R, C) or (R, C, H, W).
+        """
         scores, deltas = super().forward(x)
         return (scores, deltas) if self.tasks is None else Predictions((scores, deltas), x.flatten(1))
 
     def losses(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """The parent's losses, and ``loss_task_<name>`` over the foreground regions whose label is known.
+        """Compute the parent's losses, and ``loss_task_<name>`` over the foreground regions whose label is known.
 
         Each is the mean over what is labelled, times the share of foreground among all regions: so an object weighs as
         much in the loss of a task as in those of class and box, which stock takes the mean of over all regions.
@@ -116,7 +127,7 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
     def inference(
         self, predictions: tuple[torch.Tensor, torch.Tensor], proposals: list[Instances]
     ) -> tuple[list[Instances], list[torch.Tensor]]:
-        """The parent's detections, with ``pred_<task>`` and ``scores_<task>`` of the region that each came from."""
+        """Detect like the parent, and add ``pred_<task>`` and ``scores_<task>`` of the region that each came from."""
         instances, kept = super().inference(predictions, proposals)
         if self.tasks is not None and proposals:
             regions: list[torch.Tensor] = []
@@ -155,7 +166,11 @@ class HeadAdaptOutputLayers(FastRCNNOutputLayers):
                 start = rows.stop
 
     def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
-        """Layouts of ``cls_score``, ``bbox_pred`` and the federated-loss weights."""
+        """Describe ``cls_score``, ``bbox_pred`` and the federated-loss weights.
+
+        Args:
+            context: the name of this module in its model, and the modules around it.
+        """
         return fast_rcnn_layouts(self, context)
 
     @torch.no_grad()
@@ -231,18 +246,11 @@ def replace_predictor(
     Raises:
         ConfigError: no predictor of that name.
     """
-    if name not in PREDICTOR_REGISTRY:
-        known = [entry for entry, _ in PREDICTOR_REGISTRY]
-        raise ConfigError(
-            "MODEL.HEAD_ADAPT.PREDICTOR",
-            expected=f"one of {', '.join(known)}",
-            found=repr(name),
-            fix=f"Register it, or correct the name.{did_you_mean(name, known)}",
-        )
+    build = registered(PREDICTOR_REGISTRY, HEAD_ADAPT.PREDICTOR, name)
     # A registered predictor need not know of tasks as long as there are none.
     more = {"tasks": tasks} if tasks else {}
     with torch.random.fork_rng(devices=[]):
-        ours: nn.Module = PREDICTOR_REGISTRY.get(name)(
+        ours: nn.Module = build(
             cfg, input_shape, box2box_transform=stock.box2box_transform, class_table=class_table, **more
         )
     shapes = {key: value.shape for key, value in ours.state_dict().items()}

@@ -22,6 +22,7 @@ from ..adapt.classes import ClassTable
 from ..config.settings import AdaptSettings, apply_num_classes, attach_settings, with_keys
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import ConfigError
+from ..key import HEAD_ADAPT, TASKS
 from .predictor import replace_predictor
 from .task_boxes import carry_labels, features_of, has_tasks
 
@@ -94,6 +95,15 @@ class KnowsItsClasses:
         return instances
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         """What the tasks see of some boxes: (n, C), those of the first image first."""
         raise NotImplementedError
 
@@ -102,10 +112,10 @@ def _ours(cfg: CfgNode, stock: Any, table: ClassTable | None, tasks: Sequence[Ta
     if type(stock) is not FastRCNNOutputLayers:
         if tasks:
             raise ConfigError(
-                f"MODEL.TASKS.{tasks[0].name}",
+                TASKS[tasks[0].name],
                 expected="a box predictor that this package replaces, FastRCNNOutputLayers",
                 found=f"{type(stock).__name__}, which knows no tasks",
-                fix="Register it as MODEL.HEAD_ADAPT.PREDICTOR, derived from HeadAdaptOutputLayers, or drop the task.",
+                fix=f"Register it as {HEAD_ADAPT.PREDICTOR}, derived from HeadAdaptOutputLayers, or drop the task.",
             )
         return stock
     shape = ShapeSpec(channels=stock.cls_score.in_features)
@@ -117,6 +127,15 @@ class HeadAdaptROIHeads(KnowsItsClasses, StandardROIHeads):
     """``StandardROIHeads`` with the box predictor that ``MODEL.HEAD_ADAPT.PREDICTOR`` names."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
         return features_of(self.box_predictor(self.box_head(pooled)))
 
@@ -126,6 +145,15 @@ class HeadAdaptCascadeROIHeads(KnowsItsClasses, CascadeROIHeads):
     """``CascadeROIHeads`` with our predictor at every stage, and the tasks at the last."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         # A stage reads nothing of a proposal but its box.
         proposals = [Instances((0, 0), proposal_boxes=image) for image in boxes]
         maps = [features[name] for name in self.box_in_features]
@@ -151,5 +179,14 @@ class HeadAdaptRes5ROIHeads(KnowsItsClasses, Res5ROIHeads):
     """``Res5ROIHeads`` (the C4 models) with our predictor."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Compute what the heads of tasks see of boxes.
+
+        Args:
+            features: the backbone's maps by name, (N, C, H, W).
+            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
+
+        Returns:
+            (R, F), R the number of boxes in all.
+        """
         pooled: torch.Tensor = self._shared_roi_transform([features[name] for name in self.in_features], boxes)
         return pooled.mean(dim=[2, 3])

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.task_labels import MISSING
 from ..errors import ConfigError
+from ..key import TASKS
 from .task_heads import TaskHead, TaskHeads
 
 
@@ -42,7 +43,7 @@ def features_of(predictions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """
     if not isinstance(predictions, Predictions):
         raise ConfigError(
-            "MODEL.TASKS",
+            TASKS,
             expected="the predictions that the box predictor's forward returned",
             found="a plain pair of scores and deltas, made by other ROI heads",
             fix="Pass the predictor's own return value to losses() and inference(), or remove the tasks on boxes.",

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..errors import ConfigError, HeadAdaptError
+from ..key import MODEL
 
 
 @contextmanager
@@ -35,18 +36,25 @@ def building() -> Iterator[None]:
                 "config",
                 expected="a model that can be built",
                 found=f"{text[:300]} (line {last.lineno} of {last.filename})",
-                fix="Correct the keys under MODEL that this line is about.",
+                fix=f"Correct the keys under {MODEL} that this line is about.",
             ) from exc
         raise ConfigError(
             f"config, {found[2]}",
             expected="the name of a registered component",
             found=repr(found[1]),
-            fix="Correct the key under MODEL that names it, or register it in a module given with --import.",
+            fix=f"Correct the key under {MODEL} that names it, or register it in a module given with --import.",
         ) from exc
 
 
 def build_on_meta(cfg: CfgNode) -> nn.Module:
-    """The model's names and shapes without its memory; on the CPU where a module does not build on the meta device."""
+    """Build a model's names and shapes without its memory; on the CPU where a module does not build on the meta device.
+
+    Args:
+        cfg: of any model; its device does not matter.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
     on_meta = cfg.clone()
     on_meta.defrost()
     on_meta.MODEL.DEVICE = "meta"

@@ -20,22 +20,22 @@ from ..config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..errors import ConfigError, UsageError
+from ..key import DATASETS, INPUT, YAML, Form, form_of
 from .build import build_on_meta, building
 from .lazy.loading import load
 from .lazy.mirror import mirror_of
 from .lazy.preparing import prepare
 from .lazy.tree import built, calls, select, target_of
-from .lazy.words import is_lazy_file
 from .yaml import load_config, resolve_config
 
 
 def no_training_set() -> UsageError:
     """The error for who wants to fit without images."""
     return UsageError(
-        "DATASETS.TRAIN",
+        DATASETS.TRAIN,
         expected="a dataset to fit new rows on",
         found="none",
-        fix="Name one in the yaml, or add DATASETS.TRAIN \"('my_train',)\".",
+        fix=f"Name one in the {YAML}, or add {DATASETS.TRAIN.set(('my_train',))}.",
     )
 
 
@@ -90,10 +90,10 @@ class Recipe:
         size = self.config.INPUT.MIN_SIZE_TEST
         if size < 0:
             raise ConfigError(
-                "INPUT.MIN_SIZE_TEST",
+                INPUT.MIN_SIZE_TEST,
                 expected="the pixels of an image's shorter side, or 0 to leave it",
                 found=str(size),
-                fix="Write the size that the model was trained with, such as INPUT.MIN_SIZE_TEST 800.",
+                fix=f"Write the size that the model was trained with, such as {INPUT.MIN_SIZE_TEST.set(800)}.",
             )
         return [T.ResizeShortestEdge([size, size], self.config.INPUT.MAX_SIZE_TEST)] if size else []
 
@@ -197,7 +197,7 @@ def read_recipe(
     Raises:
         HeadAdaptError: what cannot be read or used.
     """
-    lazy = load(config_file, opts, imports) if is_lazy_file(config_file) else None
+    lazy = load(config_file, opts, imports) if form_of(config_file) is Form.LAZY else None
     cfg = load_config(config_file, opts, imports) if lazy is None else mirror_of(lazy)
     change(cfg)
     return resolved_recipe(cfg, lazy, reads_labels=reads_labels)

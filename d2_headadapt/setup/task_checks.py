@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from ..data.task_spec import checked_task
 from ..errors import ConfigError
+from ..key import MODEL, TASKS
 
 # detectron2's own architectures that hand their ground truth to MODEL.ROI_HEADS.NAME.
 WITH_ROI_HEADS = ("GeneralizedRCNN", "PanopticFPN")
@@ -36,33 +37,33 @@ def check_tasks(cfg: CfgNode) -> None:
     for name, level in levels.items():
         if level == "image" and known and known.startswith("detectron2."):
             raise ConfigError(
-                f"MODEL.TASKS.{name}.on",
+                TASKS[name].on,
                 expected=f"an architecture that classifies images, as {ours} does",
-                found=f"image, and MODEL.META_ARCHITECTURE {architecture}, which would never read the task",
-                fix=f"Set MODEL.META_ARCHITECTURE {ours}, or MODEL.TASKS.{name}.on box.",
+                found=f"image, and {MODEL.META_ARCHITECTURE} {architecture}, which would never read the task",
+                fix=f"Set {MODEL.META_ARCHITECTURE.set(ours)}, or {TASKS[name].on.set('box')}.",
             )
         if level != "box":
             continue
         if name in TAKEN:
             raise ConfigError(
-                f"MODEL.TASKS.{name}",
+                TASKS[name],
                 expected="a name that is no field of detections",
                 found=f"{name!r}: pred_{name} is detectron2's",
                 fix=f"Rename the task, as in {name}_task.",
             )
         if architecture == ours or (known and known.startswith("detectron2.") and architecture not in WITH_ROI_HEADS):
             raise ConfigError(
-                f"MODEL.TASKS.{name}.on",
+                TASKS[name].on,
                 expected=f"an architecture with ROI heads ({', '.join(WITH_ROI_HEADS)})",
-                found=f"box, and MODEL.META_ARCHITECTURE {architecture}, which has none",
-                fix=f"Set MODEL.META_ARCHITECTURE {WITH_ROI_HEADS[0]}, or MODEL.TASKS.{name}.on image.",
+                found=f"box, and {MODEL.META_ARCHITECTURE} {architecture}, which has none",
+                fix=f"Set {MODEL.META_ARCHITECTURE.set(WITH_ROI_HEADS[0])}, or {TASKS[name].on.set('image')}.",
             )
         if architecture in WITH_ROI_HEADS and heads in ROI_HEADS_REGISTRY and not _reads_box_tasks(heads):
             raise ConfigError(
-                "MODEL.ROI_HEADS.NAME",
+                MODEL.ROI_HEADS.NAME,
                 expected=f"ROI heads that read tasks on boxes ({name}): {', '.join(_readers())}",
                 found=repr(heads),
-                fix=f"Set MODEL.ROI_HEADS.NAME {TWINS.get(heads, _readers()[0])}.",
+                fix=f"Set {MODEL.ROI_HEADS.NAME.set(TWINS.get(heads, _readers()[0]))}.",
             )
 
 

@@ -16,12 +16,14 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from ..adapt.classes import KEY_SUFFIXES, ClassTable, did_you_mean
+from ..adapt.planner import target_key
 from ..config.keys import add_headadapt_config
 from ..config.settings import AdaptSettings, apply_num_classes, write_tables
 from ..data.datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
 from ..data.task_datasets import say_unused_tasks, settle_tasks
 from ..data.task_spec import complete_tasks
 from ..errors import ConfigError, DatasetError, UsageError
+from ..key import DATASETS, HEAD_ADAPT, MODEL, TASKS, YAML
 from ..modeling.text.preflight import refuse_text
 from .components import add_component_keys, import_components
 from .task_checks import check_tasks
@@ -38,7 +40,7 @@ PLAIN_TAGS = {
     **{"dict": "map", "none": "null"},
 }
 """Python tags of PyYAML that say no more than YAML's own; the zoo's yamls have ``!!python/tuple``."""
-TRUST_KEY = "MODEL.HEAD_ADAPT.TRUST_FILE"
+TRUST_KEY = HEAD_ADAPT.TRUST_FILE
 
 
 class PathAwareCfgNode(CfgNode):
@@ -91,7 +93,7 @@ def plain_yaml(text: str, filename: str) -> str:
                 f"{filename}, line {node.start_mark.line + 1}",
                 expected="plain values",
                 found=f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}, which may run code",
-                fix=f"Write the value itself. If you know who wrote the file, add {TRUST_KEY} True to the command.",
+                fix=f"Write the value itself. If you know the author, add {TRUST_KEY.set(True)} to the command.",
             )
         if isinstance(node, yaml.MappingNode):
             waiting.extend(part for pair in node.value for part in pair)
@@ -102,7 +104,7 @@ def plain_yaml(text: str, filename: str) -> str:
 
 def trusts_yaml(opts: Sequence[str]) -> bool:
     """Whether the command line, and not the file about itself, says that what is read may run code."""
-    values = [value for key, value in zip(opts[::2], opts[1::2], strict=False) if key == TRUST_KEY]
+    values = [value for key, value in zip(opts[::2], opts[1::2], strict=False) if key == TRUST_KEY.yaml]
     return bool(values) and str(values[-1]).lower() == "true"
 
 
@@ -134,8 +136,8 @@ def _refuse_duplicate_tasks(filename: str) -> None:
     for name in ("MODEL", "TASKS"):
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
         node = next((value for key, value in pairs if key.value == name), None)
-    place = "MODEL.TASKS"
-    below = [(f"{place}.{key.value}", value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
+    place = TASKS
+    below = [(place[key.value], value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
     for where, mapping in ((place, node), *below):
         seen: dict[str, Any] = {}
         for key, _ in mapping.value if isinstance(mapping, yaml.MappingNode) else ():
@@ -161,6 +163,12 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
     Raises:
         ConfigError: a missing or unreadable file, an unknown key, or a value of the wrong type.
         UsageError: an import that fails.
+
+    Example:
+        >>> from d2_headadapt import load_config
+        >>> cfg = load_config("", ["MODEL.HEAD_ADAPT.SOURCE_CLASSES", "coco"])
+        >>> cfg.MODEL.HEAD_ADAPT.SOURCE_CLASSES
+        'coco'
     """
     modules = import_components(imports)
     cfg = get_cfg()
@@ -201,7 +209,7 @@ def _refuse_saved_lazy(config_file: str) -> None:
     if is_lazy:
         raise ConfigError(
             config_file,
-            expected="a yaml with detectron2's keys, such as MODEL",
+            expected=f"a yaml with detectron2's keys, such as {MODEL.yaml}",
             found="a LazyConfig, as a run of one saves it",
             fix="Write a .py of two lines and give that: from detectron2.config import LazyConfig, and "
             f"globals().update(LazyConfig.load({os.path.abspath(config_file)!r})).",
@@ -213,14 +221,14 @@ def _refuse_none(cfg: CfgNode) -> None:
     default = get_cfg()
     add_headadapt_config(default)
     for node, own, place in (
-        (cfg.MODEL.HEAD_ADAPT, default.MODEL.HEAD_ADAPT, "MODEL.HEAD_ADAPT"),
-        (cfg.MODEL.HEAD_ADAPT.FIT, default.MODEL.HEAD_ADAPT.FIT, "MODEL.HEAD_ADAPT.FIT"),
-        (cfg.MODEL.HEAD_ADAPT.TEXT, default.MODEL.HEAD_ADAPT.TEXT, "MODEL.HEAD_ADAPT.TEXT"),
+        (cfg.MODEL.HEAD_ADAPT, default.MODEL.HEAD_ADAPT, HEAD_ADAPT),
+        (cfg.MODEL.HEAD_ADAPT.FIT, default.MODEL.HEAD_ADAPT.FIT, HEAD_ADAPT.FIT),
+        (cfg.MODEL.HEAD_ADAPT.TEXT, default.MODEL.HEAD_ADAPT.TEXT, HEAD_ADAPT.TEXT),
     ):
         for key, value in own.items():
             if value is not None and node.get(key, value) is None:
                 raise ConfigError(
-                    f"{place}.{key}",
+                    place[key],
                     expected=f"a value like {value!r}",
                     found="nothing",
                     fix="Remove the key, or give it a value.",
@@ -243,7 +251,7 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
     settings = settle_config(cfg, reads_labels=reads_labels)
     for line in apply_num_classes(cfg, settings.target):
         logger.info(line)
-    if settle_device(cfg.MODEL.DEVICE, "MODEL.DEVICE") == "cpu":
+    if settle_device(cfg.MODEL.DEVICE) == "cpu":
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
     return settings
@@ -280,23 +288,24 @@ def settle_config(
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             for space, table in settings.target.items():
                 if dataset_table(name, space) is not None:
-                    which = "DATASETS.TRAIN" if name in cfg.DATASETS.TRAIN else "DATASETS.TEST"
+                    which = DATASETS.TRAIN if name in cfg.DATASETS.TRAIN else DATASETS.TEST
                     check_same_classes(table, name, space, which)
     for problem in refuse_text(cfg, settings.target.get("thing"), region_width=region_width):
-        logger.warning("%s", problem.error())
+        logger.warning("%s", problem.error)
     write_tables(cfg, settings.target)
     return settings
 
 
-def settle_device(device: str, key: str) -> str:
+def settle_device(device: str) -> str:
     """``device``, or ``cpu`` in place of a GPU on a machine without one, which is said."""
     try:
         torch.device(device)
     except RuntimeError as exc:
-        raise ConfigError(key, expected="cpu, cuda or cuda:N", found=repr(device), fix=f"Set {key} cuda.") from exc
+        fix = f"Set {MODEL.DEVICE.set('cuda')}."
+        raise ConfigError(MODEL.DEVICE, expected="cpu, cuda or cuda:N", found=repr(device), fix=fix) from exc
     if not device.startswith("cuda") or torch.cuda.is_available():
         return device
-    logger.info("%s is %s, but this machine has no CUDA: running on the CPU.", key, device)
+    logger.info("%s is %s, but this machine has no CUDA: running on the CPU.", MODEL.DEVICE, device)
     return "cpu"
 
 
@@ -307,10 +316,11 @@ def _say_what_wins(cfg: CfgNode, target: ClassTable, space: str) -> None:
         return
     if trained is not None and trained != target:
         logger.info(
-            "MODEL.HEAD_ADAPT.TARGET_CLASSES%s (%d classes) wins over the %d classes of DATASETS.TRAIN.",
-            KEY_SUFFIXES[space],
+            "%s (%d classes) wins over the %d classes of %s.",
+            target_key(space),
             len(target),
             len(trained),
+            DATASETS.TRAIN,
         )
 
 
@@ -336,15 +346,18 @@ def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
         ) from exc
     except (AttributeError, TypeError, yaml.YAMLError) as exc:
         raise ConfigError(
-            where, expected="a yaml file of KEY: value lines", found=" ".join(str(exc).split()), fix="Correct the file."
+            where,
+            expected=f"a {YAML} file of KEY: value lines",
+            found=" ".join(str(exc).split()),
+            fix="Correct the file.",
         ) from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(
-            where, expected="a yaml file, which is text", found=str(exc), fix="Correct the path."
+            where, expected=f"a {YAML} file, which is text", found=str(exc), fix="Correct the path."
         ) from exc
     except OSError as exc:
         raise ConfigError(
-            where, expected="a yaml file and base files that can be read", found=str(exc), fix="Correct the path."
+            where, expected=f"a {YAML} file and base files that can be read", found=str(exc), fix="Correct the path."
         ) from exc
     except ValueError as exc:
         fix = "Correct the value." + (" A list is written [one, two]." if "tuple" in str(exc) else "")

@@ -72,7 +72,7 @@ def test_nothing_of_a_name_reaches_a_terminal_or_a_log_raw() -> None:
             target_tables={"thing": target},
         )
         told = [summary_line(plan), plan_table(plan), plan_table(plan, every_tensor=True), plan_markdown(plan)]
-        told += [text for n in plan_notices(plan) for text in (n.level, n.what, n.why, n.type_this, n.hint)]
+        told += [text for n in plan_notices(plan) for text in (n.code, n.where, n.found, n.type_this, n.hint)]
         told += [t.reason for t in plan.tensors]
         assert [raw(text) for text in told] == [set()] * len(told)
         assert "\n" not in summary_line(plan) and not any("\n" in t.reason for t in plan.tensors)
@@ -125,8 +125,8 @@ def test_a_plan_without_trouble_has_no_notices() -> None:
 def test_a_head_that_is_not_in_the_file_gets_a_notice_and_its_classes_stay_carried() -> None:
     plan = make(without=MASK)
     (notice,) = plan_notices(plan)
-    assert (notice.level, notice.tensors, notice.why) == ("initialised", (MASK,), "not in the file")
-    assert notice.what == "1 tensor of heads keeps the model's initial values"
+    assert (notice.code, notice.tensors, notice.found) == ("initialised", (MASK,), "not in the file")
+    assert notice.where == "1 tensor of heads keeps the model's initial values"
     assert notice.type_this == ""
     assert "1 new (owl)" in summary_line(plan)
 
@@ -134,9 +134,10 @@ def test_a_head_that_is_not_in_the_file_gets_a_notice_and_its_classes_stay_carri
 def test_a_copy_by_shape_alone_says_which_key_verifies_it() -> None:
     plan = make(None, k=5)
     (notice,) = plan_notices(plan)
-    assert notice.level == "unverified" and notice.tensors == (BOX, MASK)
+    assert notice.code == "unverified" and notice.tensors == (BOX, MASK)
     assert notice.type_this == "MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt"
     assert notice.hint.endswith("the shapes of the file hold 5")
+    assert (notice.severity, notice.fix) == ("warning", f"Type: {notice.type_this} ({notice.hint}).")
     text = plan_table(plan)
     assert text.count("see note 1") == 2 and "type: MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt" in text
 
@@ -150,9 +151,9 @@ def test_unknown_classes_of_the_model_name_the_key_of_that_side() -> None:
 def test_a_refused_group_is_one_notice_with_what_to_correct() -> None:
     plan = make(ClassTable(["a", "b", "c"], "short.txt"))
     (notice,) = plan_notices(plan)
-    assert notice.level == "refused" and notice.tensors == (BOX, MASK)
-    assert notice.what == f"{BOX} is refused, so nothing is loaded"
-    assert "short.txt names 3" in notice.why and "a corrected dataset" in notice.hint
+    assert notice.code == "refused" and notice.tensors == (BOX, MASK)
+    assert notice.where == f"{BOX} is refused, so nothing is loaded"
+    assert "short.txt names 3" in notice.found and "a corrected dataset" in notice.hint
     assert notice.type_this == "MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt"
 
 
@@ -161,7 +162,7 @@ def test_a_head_that_the_user_switched_off_is_told_nothing_to_type() -> None:
         shapes(4), shapes(5), LAYOUTS, source_tables={}, target_tables={"thing": TARGET}, initialise=["thing"]
     )
     (notice,) = plan_notices(plan)
-    assert notice.level == "initialised" and notice.why.endswith("is 'none'") and notice.type_this == ""
+    assert notice.code == "initialised" and notice.found.endswith("is 'none'") and notice.type_this == ""
 
 
 def test_rows_that_may_be_classes_without_a_layout_are_one_notice() -> None:
@@ -180,7 +181,7 @@ def test_rows_that_may_be_classes_without_a_layout_are_one_notice() -> None:
 def test_a_file_that_gives_nothing_is_said() -> None:
     plan = AdaptPlan((TensorPlan("a", "dropped", source_shape=(2,)), TensorPlan("b", "kept", target_shape=(2,))))
     (notice,) = plan_notices(plan)
-    assert notice.level == "refused" and "gives this model nothing" in plan_table(plan)
+    assert notice.code == "refused" and "gives this model nothing" in plan_table(plan)
 
 
 def test_markdown_tables_are_whole_whatever_the_names() -> None:

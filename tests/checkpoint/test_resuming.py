@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -151,7 +153,7 @@ def test_nothing_left_to_train_and_shadowed_weights_are_said(tmp_path: Path) -> 
     trainer = Trainer(cfg)
     with logged("d2_headadapt") as records:
         trainer.resume_or_load(resume=True)
-    assert "Nothing is left to train: 2 of SOLVER.MAX_ITER 2 iterations are done." in texts(records)
+    assert "Nothing is left to train: 2 of 2 iterations are done." in texts(records)
     assert "Set SOLVER.MAX_ITER higher." in texts(records)
     assert f"MODEL.WEIGHTS {tmp_path / 'elsewhere.pth'} is not read" in texts(records)
     assert [r.levelno for r in records if "Nothing is left" in r.getMessage()] == [logging.WARNING]
@@ -174,6 +176,52 @@ def test_the_plan_is_beside_the_checkpoints_and_in_tensorboard(tmp_path: Path) -
     texts_of = [EventAccumulator(str(path)).Reload() for path in (tmp_path / "second").glob("events.*")]
     found = [e.Tensors(tag)[0] for e in texts_of for tag in e.Tags()["tensors"] if tag.startswith("head_adapt/plan")]
     assert len(found) == 1 and b"owl" in found[0].tensor_proto.string_val[0]
+
+
+OPTIMIZER = ("trainer", "_trainer", "optimizer")
+WRONG_TYPES: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("trainer",), 5, r"entry trainer: expected a mapping, found int '5'"),
+    (("trainer",), [1], r"entry trainer: expected a mapping, found list"),
+    (OPTIMIZER, None, r"entry trainer/_trainer/optimizer: expected a mapping"),
+    (OPTIMIZER, [], r"entry trainer/_trainer/optimizer: expected a mapping, found list"),
+    ((*OPTIMIZER, "state"), "x", r"optimizer/state: expected a mapping, found str 'x'"),
+    ((*OPTIMIZER, "state", 0), 5, r"optimizer/state/0: expected a mapping, found int '5'"),
+    (
+        (*OPTIMIZER, "state", 0, "momentum_buffer"),
+        "text",
+        r"state/0/momentum_buffer: expected a tensor or number, found str 'text'",
+    ),
+    ((*OPTIMIZER, "state", 0, "momentum_buffer"), [1.0], r"tensor or number, found list"),
+    ((*OPTIMIZER, "param_groups"), 5, r"param_groups: expected a list, found int '5'"),
+    ((*OPTIMIZER, "param_groups", 0), "x", r"param_groups/0: expected a mapping"),
+    ((*OPTIMIZER, "param_groups", 0, "params"), 3, r"0/params: expected a list"),
+    ((*OPTIMIZER, "param_groups", 0, "lr"), "fast", r"0/lr: expected a number, found str"),
+    (("trainer", "_trainer", "hooks"), 7, r"hooks: expected a mapping, found int '7'"),
+]
+
+
+def test_an_entry_of_the_wrong_type_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    train(Trainer, cfg_for(tmp_path, OLD, 2), resume=False)
+    trainer = Trainer(cfg_for(tmp_path, OLD, 4))
+    kept = state_of(trainer.checkpointer.model)
+    before = copy.deepcopy(trainer.optimizer.state_dict())
+    path = tmp_path / "out" / "model_final.pth"
+    whole = path.read_bytes()
+    for place, value, found in WRONG_TYPES:
+        content = torch.load(io.BytesIO(whole), weights_only=False)
+        at = content
+        for key in place[:-1]:
+            at = at[key]
+        at[place[-1]] = value
+        torch.save(content, path)
+        with pytest.raises(ResumeError, match=found) as caught:
+            trainer.resume_or_load(resume=True)
+        assert "\n" not in str(caught.value) and "without --resume" in caught.value.fix
+        assert all(torch.equal(value, kept[name]) for name, value in state_of(trainer.checkpointer.model).items())
+        assert trainer.optimizer.state_dict() == before and trainer.start_iter == 0
+    path.write_bytes(whole)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2, "what is right is resumed"
 
 
 def test_a_failure_while_the_optimizer_is_loaded_leaves_model_and_optimizer_as_they_were(

@@ -16,7 +16,7 @@ from helpers.models import model_of, names, same_bits, state_of, stock_model
 from d2_headadapt import AdaptSettings, ClassTable, HeadAdaptCheckpointer
 from d2_headadapt.checkpoint.load import plan_file
 from d2_headadapt.checkpoint.provenance import Provenance
-from d2_headadapt.checkpoint.source_keys import Reason, applied_keys, keys_for
+from d2_headadapt.checkpoint.source_keys import Unused, applied_keys, keys_for
 from d2_headadapt.errors import HeadAdaptError, PlanRefused
 
 SOURCE = names(3)
@@ -140,7 +140,7 @@ def test_position_goes_by_name_where_the_run_itself_wrote_the_file(own: bool) ->
     applied = {} if own else {"match": "position"}
     used, unused = keys_for(settings, known({"thing": ["a", "b"]}, applied=applied), "w.pth", own=own)
     assert used.match == "name"
-    assert [key.key for key in unused] == ["MODEL.HEAD_ADAPT.MATCH"]
+    assert [str(key.key) for key in unused] == ["MODEL.HEAD_ADAPT.MATCH"]
 
 
 def test_position_over_a_file_that_names_its_classes_needs_to_be_told_twice() -> None:
@@ -177,8 +177,8 @@ def test_a_guess_stays_an_assumption_that_can_be_corrected(tmp_path: Path) -> No
     from d2_headadapt.adapt.report import plan_notices
 
     (notice,) = plan_notices(again)
-    assert notice.level == "unverified"
-    assert notice.what == "the 3 thing classes of the file are assumed (class 2, lorry, class 0)"
+    assert notice.code == "unverified"
+    assert notice.where == "the 3 thing classes of the file are assumed (class 2, lorry, class 0)"
     assert notice.type_this == "MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt"
     corrected = AdaptSettings.of(TARGET, source=["lorry", "class 0", "class 2"], weights=own)
     right = plan_file(own, model_of(TARGET), corrected)
@@ -204,10 +204,10 @@ def test_what_went_into_a_file_survives_the_next_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("applied", "reason"), [({"exclude": ["a.*"]}, Reason.APPLIED), ({}, Reason.OTHER_FILE)], ids=["applied", "other"]
+    ("applied", "cause"), [({"exclude": ["a.*"]}, Unused.APPLIED), ({}, Unused.OTHER_FILE)], ids=["applied", "other"]
 )
-def test_what_is_not_used_is_said_with_its_reason(applied: dict[str, Any], reason: Reason) -> None:
+def test_what_is_not_used_is_said_with_its_reason(applied: dict[str, Any], cause: Unused) -> None:
     settings = AdaptSettings(exclude=("a.*",), weights="base.pth")
     _, (key,) = keys_for(settings, known({"thing": ["a"]}, applied=applied), "own.pth")
-    assert (key.key, key.cause) == ("MODEL.HEAD_ADAPT.EXCLUDE", reason)
+    assert (str(key.key), key.cause) == ("MODEL.HEAD_ADAPT.EXCLUDE", cause)
     assert key.sentence().startswith("MODEL.HEAD_ADAPT.EXCLUDE ['a.*'] ")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,7 +20,12 @@ from helpers.datasets import write_coco
 from helpers.files import HEAD, Runs, content, save_stock
 from helpers.models import names, stock_model, tiny_cfg
 
+from d2_headadapt.adapt.plan import AdaptPlan
+from d2_headadapt.data.categories import read_categories
+from d2_headadapt.data.datasets import resolve_table
+from d2_headadapt.doctor.context import _read_json
 from d2_headadapt.errors import HeadAdaptError
+from d2_headadapt.modeling.text.bundle import read_bundle
 
 SOURCE = "MODEL.HEAD_ADAPT.SOURCE_CLASSES"
 TARGET = "MODEL.HEAD_ADAPT.TARGET_CLASSES"
@@ -284,3 +290,29 @@ def test_an_error_survives_the_way_to_another_process() -> None:
         assert type(back) is kind
         assert str(back) == "here: expected a, found b. Do c."
         assert back.exit_code == kind.exit_code
+
+
+NEST = "[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "nest", [NEST, '{"categories": ' * 200_000, '{"names": ' + NEST], ids=["lists", "dicts", "both"]
+)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: resolve_table(path, key=TARGET),
+        lambda path: read_categories(path),
+        lambda path: _read_json(path),
+        lambda path: AdaptPlan.from_json(Path(path).read_text(encoding="utf-8")),
+        lambda path: read_bundle(str(Path(path).with_suffix(".npy")), None),
+    ],
+    ids=["class names", "categories", "doctor", "plan", "embeddings"],
+)
+def test_a_json_nested_200_000_deep_is_one_line(read: Callable[[str], Any], nest: str, tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    path.write_text(nest, encoding="utf-8")
+    np.save(tmp_path / "names.npy", np.ones((3, 8), np.float32))
+    with pytest.raises(HeadAdaptError) as caught:
+        read(str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000 and caught.value.fix

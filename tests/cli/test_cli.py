@@ -70,7 +70,7 @@ def test_a_plan_is_printed_and_changes_nothing(shared: Workplace) -> None:
     assert f"{HEAD}.cls_score.weight" in ran.out
     assert "3 of 4 thing classes carried from MODEL.HEAD_ADAPT.SOURCE_CLASSES (5), 1 new (zebra), 2 dropped" in ran.out
     assert "MODEL.ROI_HEADS.NUM_CLASSES was 5, is 4" in ran.out
-    assert ran.err == ""
+    assert ran.complaint == ""
     assert content(shared.folder) == before
 
 
@@ -115,8 +115,8 @@ def test_the_json_of_a_plan_has_the_shape_that_others_read(own: Workplace) -> No
 
 def test_the_json_comes_back_as_the_same_plan(shared: Workplace) -> None:
     ran = shared.run("plan", "--json", "-")
-    text = ran.out[ran.out.index("{") :]
-    assert AdaptPlan.from_json(text).to_json() == json.loads(text)
+    assert AdaptPlan.from_json(ran.out).to_json() == json.loads(ran.out)
+    assert "MODEL.ROI_HEADS.NUM_CLASSES was 5, is 4" in ran.err
 
 
 def test_all_lists_every_tensor(shared: Workplace) -> None:
@@ -142,7 +142,7 @@ def test_a_refused_tensor_is_shown_and_is_exit_code_1(shared: Workplace) -> None
     ran = shared.run("plan", source=names(7))
     assert ran.code == 1
     assert "refused" in ran.out
-    assert ran.err.count("\n") == 1
+    assert ran.complaint.count("\n") == 1
     assert "holds 5 classes" in ran.err
     assert "names 7: correct MODEL.HEAD_ADAPT.SOURCE_CLASSES" in ran.err
 
@@ -177,7 +177,65 @@ def test_a_report_is_never_written_over_the_checkpoint(flag: str, own: Workplace
         assert content(own.folder) == before
 
 
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_a_report_replaces_no_file_without_force_and_no_input_with_it(flag: str, own: Workplace) -> None:
+    classes = own.folder / "names.json"
+    classes.write_text(json.dumps(NEW))
+    precious = own.folder / "precious"
+    precious.write_text("of somebody else")
+    os.link(own.config, own.folder / "link.yaml")
+    before = content(own.folder)
+    for name, words in {
+        "precious": "expected an output that does not exist yet, found a file. Name another output, or add --force.",
+        "names.json": "expected an output that is not the checkpoint, nor another input or output",
+        "tiny.yaml": "expected an output that is not the checkpoint, nor another input or output",
+        "link.yaml": "expected an output that is not the checkpoint, nor another input or output",
+        "old.pth": "expected an output that is not the checkpoint, nor another input or output",
+    }.items():
+        for force in ([], ["--force"]) if name != "precious" else ([],):
+            ran = own.run("plan", flag, own.folder / name, *force, target=classes)
+            assert ran.code == 2 and words in ran.err
+            assert content(own.folder) == before
+    assert own.run("plan", flag, precious, "--force").code == 0
+    assert precious.read_text() != "of somebody else"
+
+
+def test_two_reports_need_two_files(own: Workplace) -> None:
+    ran = own.run("plan", "--json", own.folder / "x", "--html", own.folder / "x")
+    assert ran.code == 2 and "nor another input or output" in ran.err and not (own.folder / "x").exists()
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(own: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(own.folder))
+    (own.folder / "names.json").write_text(json.dumps(NEW))
+    keys = ["MODEL.HEAD_ADAPT.SOURCE_CLASSES", FIVE, "MODEL.HEAD_ADAPT.TARGET_CLASSES", "~/names.json"]
+    common = ["--config-file=~/tiny.yaml", "--weights=~/old.pth"]
+    assert cli("plan", *common, "--json=~/plan.json", "--html=~/plan.html", *keys).code == 0
+    assert cli("adapt", *common, "--output=~/new.pth", *keys).code == 0
+    assert cli("doctor", *common, "--json=~/doctor.json", *keys).code == 0
+    assert cli("plan", common[0], *keys, "MODEL.WEIGHTS", "~/old.pth").code == 0
+    own.config.write_text(own.config.read_text().replace("  WEIGHTS: ''", "  WEIGHTS: ~/old.pth"))
+    assert cli("plan", common[0], *keys).code == 0
+    assert {"plan.json", "plan.html", "new.pth", "doctor.json"} <= set(os.listdir(own.folder))
+
+
 # ------------------------------------------------------------------------------------------------------------- adapt
+
+
+def test_of_two_commands_with_one_new_output_the_second_is_refused(
+    own: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = own.folder / "new.pth"
+    load = HeadAdaptCheckpointer.load
+
+    def while_another_writes(*args: Any, **kwargs: Any) -> Any:
+        out.write_text("of the other command")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(HeadAdaptCheckpointer, "load", while_another_writes)
+    ran = own.run("adapt", "--output", out)
+    assert ran.code == 1 and "found a file, written since this command began" in ran.err and "--force" in ran.err
+    assert out.read_text() == "of the other command" and not list(own.folder.glob(".*.tmp"))
 
 
 def test_stock_loads_an_adapted_file_without_a_word(own: Workplace) -> None:

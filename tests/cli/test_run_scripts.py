@@ -128,12 +128,14 @@ def test_what_cannot_be_run_is_one_line(words: list[str], message: str, monkeypa
     monkeypatch.setattr("sys.path", ["", *__import__("sys").path])
     ran = cli("run", *words)
     assert ran.code == 2
-    assert ran.err.startswith(f"error: {message}") and ran.err.count("\n") == 1
+    assert ran.complaint.startswith(f"error: {message}") and ran.complaint.count("\n") == 1
 
 
 def test_a_wrong_default_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text(FAILS)
     ran = adopted("--set", "MODEL.HEAD_ADAPT.SOURCE_CLASES", "coco", "fails.py", "theirs", 1, cwd=tmp_path)
     assert ran.code == 1
-    assert ran.err.startswith("error: --set: expected a config key that exists, found MODEL.HEAD_ADAPT.SOURCE_CLASES.")
-    assert "Nearest: 'MODEL.HEAD_ADAPT.SOURCE_CLASSES'" in ran.err and ran.err.count("\n") == 1
+    assert ran.complaint.startswith(
+        "error: --set: expected a config key that exists, found MODEL.HEAD_ADAPT.SOURCE_CLASES."
+    )
+    assert "Nearest: 'MODEL.HEAD_ADAPT.SOURCE_CLASSES'" in ran.complaint and ran.complaint.count("\n") == 1

@@ -16,7 +16,7 @@ from helpers.commands import ROOT
 from d2_headadapt.config import keys as config
 from d2_headadapt.config.keys import add_headadapt_config
 from d2_headadapt.data.entry import DatasetEntry
-from d2_headadapt.data.task_spec import DEFAULTS
+from d2_headadapt.data.task_spec import TASK_DEFAULTS
 
 DOCS = ROOT / "docs"
 ABOVE = "    # The box predictor's name in d2_headadapt.PREDICTOR_REGISTRY.\n"
@@ -57,7 +57,7 @@ def test_the_keys_and_defaults_are_those_that_detectron2_gets(tool: Any) -> None
 def test_every_key_has_a_row(tool: Any) -> None:
     page = tool.page()
     names = {key.path.rpartition(".")[2] for key in tool.read_keys(inspect.getsource(config)) if key.default}
-    for key in names | DEFAULTS.keys() | {field.name for field in fields(DatasetEntry)}:
+    for key in names | TASK_DEFAULTS.keys() | {field.name for field in fields(DatasetEntry)}:
         assert re.search(rf"^\|[^|]*`{key}`[^|]*\|[^|]", page, re.MULTILINE), key
 
 

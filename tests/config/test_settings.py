@@ -139,15 +139,12 @@ def test_num_classes_is_written_under_every_key_that_the_architecture_reads(arch
     keys = NUM_CLASSES_KEYS.get(architecture, NUM_CLASSES_KEYS["PanopticFPN"])
     # detectron2's own config has no POINT_HEAD and no FCOS, and no keypoint table was given.
     there = set(all_keys(cfg))
-    written = [(space, key) for space, key in keys if key in there and space in target]
+    written = [(space, key) for space, key in keys if key.yaml in there and space in target]
     for space, key in written:
-        node: Any = cfg
-        for part in key.split("."):
-            node = node[part]
-        assert node == len(target[space]), key
+        assert key.of(cfg) == len(target[space]), key
     assert len(lines) == len(written)
     changed = {key.split(" was ")[0] for key in lines}
-    assert changed == {key for _, key in written}
+    assert changed == {key.yaml for _, key in written}
     if architecture not in ("RetinaNet", "FCOS"):
         assert before.MODEL.RETINANET == cfg.MODEL.RETINANET
 

@@ -90,7 +90,7 @@ def test_a_config_that_does_not_load_is_a_finding(text: str | None, says: str, t
     if text is not None:
         path.write_text(text)
     ran = cli("doctor", "--config-file", path)
-    assert ran.code == 1 and ran.err == ""
+    assert ran.code == 1 and ran.complaint == ""
     assert "error HA101" in ran.out and says in " ".join(ran.out.split())
     assert "config: " in ran.out.partition("not run:")[2]
 
@@ -180,13 +180,15 @@ def test_a_test_set_of_other_classes_hides_nothing_of_the_model(config: Path, tm
 
 
 def test_findings_are_ordered_and_counted() -> None:
-    made = [Finding(code, severity, "w", "f", "e", "Do.") for code, severity in (("HA2", "note"), ("HA1", "error"))]  # type: ignore[arg-type]
+    wrong = DatasetError("w", expected="e", found="f", fix="Do.")
+    made = [Finding("HA2", "note", wrong), Finding("HA1", "error", wrong)]
     report = Report(tuple(made), {"HA302": "weights: none"}, 7, 0.25)
     assert verdict(report) == "doctor: 7 checks in 0.2 s, 1 not run: 1 error, 1 note"
     assert verdict(Report((), {}, 7, 0.0)) == "doctor: 7 checks in 0.0 s: all is well"
     assert report.exit_code == 1 and Report(tuple(made[:1])).exit_code == 0
     assert "HA302" in report_text(report) and json.loads(report_json(report))["not_run"] == report.not_run
-    assert isinstance(as_error(Finding("HA201", "error", "w", "f", "e", "Do.")), DatasetError)
+    raised = as_error(Finding("HA201", "error", wrong))
+    assert isinstance(raised, DatasetError) and str(raised) == "HA201, w: expected e, found f. Do."
 
 
 # -- before training ---------------------------------------------------------------------------------------------------

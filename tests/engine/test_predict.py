@@ -56,7 +56,7 @@ def predict(place: Path, *more: Any, images: Any = ()) -> Any:
 def test_names_and_tasks_come_from_the_checkpoint(place: Path) -> None:
     ran = predict(place)
     assert ran.code == 0, ran.err
-    found = json.loads((place / "seen" / "predictions.json").read_text())
+    found = json.loads((place / "seen" / "predictions.json").read_text())["images"]
     assert len(found) == 2 and any(entry["detections"] for entry in found)
     for entry in found:
         with Image.open(place / "seen" / entry["picture"]) as picture, Image.open(entry["file"]) as image:
@@ -73,7 +73,7 @@ def test_an_image_that_cannot_be_read_is_passed_over(place: Path) -> None:
     first.write_bytes(b"no image")
     ran = predict(place)
     assert ran.code == 0 and "cannot be read" in ran.out
-    found = json.loads((place / "seen" / "predictions.json").read_text())
+    found = json.loads((place / "seen" / "predictions.json").read_text())["images"]
     assert "error" in found[0] and found[1]["detections"]
 
 
@@ -127,7 +127,7 @@ def test_an_image_that_the_model_fails_on_is_passed_over(place: Path, monkeypatc
     images = [place / "one.png", sorted((place / "data").iterdir())[0]]
     ran = predict(place, images=images)
     assert ran.code == 0 and f"{images[0]}: the model fails on it (RuntimeError: output size is too small)" in ran.out
-    found = json.loads((place / "seen" / "predictions.json").read_text())
+    found = json.loads((place / "seen" / "predictions.json").read_text())["images"]
     assert found[0]["error"] == "RuntimeError: output size is too small" and "detections" in found[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from d2_headadapt.cli.parser import main
+from d2_headadapt.key import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 LOGGERS = ("d2_headadapt", "detectron2", "fvcore")
@@ -28,6 +30,11 @@ class Ran:
     out: str
     err: str
 
+    @property
+    def complaint(self) -> str:
+        """Standard error without the first word of a command that takes long to import."""
+        return re.sub(r"\Areading .* \.\.\.\n", "", self.err)
+
 
 def cli(*arguments: object) -> Ran:
     """``d2-headadapt ARGUMENTS`` in this process; an exception other than argparse's exit passes through."""
@@ -37,7 +44,10 @@ def cli(*arguments: object) -> Ran:
             code = main([str(a) for a in arguments])
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-    return Ran(code, out.getvalue(), err.getvalue())
+    ran = Ran(code, out.getvalue(), err.getvalue())
+    # Nothing that people see has both readings of a key in it.
+    assert shown(ran.out + ran.err) == ran.out + ran.err
+    return ran
 
 
 @contextmanager

@@ -36,10 +36,10 @@ from d2_headadapt.checkpoint.checkpointer import HeadAdaptCheckpointer as Checkp
 from d2_headadapt.config.settings import settings_of
 from d2_headadapt.errors import ConfigError, HeadAdaptError, UsageError
 from d2_headadapt.files import read_checkpoint
+from d2_headadapt.key import MIRRORED
 from d2_headadapt.setup.lazy import load, prepare
 from d2_headadapt.setup.lazy.counts import class_counts
 from d2_headadapt.setup.lazy.mirror import mirror_of
-from d2_headadapt.setup.lazy.words import MIRRORED, fix_in_lazy_words, in_lazy_words
 from d2_headadapt.setup.yaml import all_keys
 
 ZOO = Path(model_zoo.__file__).parent / "configs"
@@ -310,35 +310,6 @@ def test_overrides_are_applied_and_a_probable_slip_is_said(tmp_path: Path, caplo
     assert "train.max_itre is a key that this config did not have. Nearest: 'train.max_iter'" in caplog.text
 
 
-def test_words_of_a_yaml_are_said_as_a_lazyconfig_has_them() -> None:
-    for said, expected in (
-        ("Set MODEL.HEAD_ADAPT.RESUME adapt to go on: x", "Set head_adapt.resume=adapt to go on: x"),
-        ("set OUTPUT_DIR to a new folder", "set train.output_dir to a new folder"),
-        ("Write SOLVER.BASE_LR: 0.005.", "Write optimizer.lr=0.005."),
-        ("MODEL.TASKS.colour.on", "head_adapt.tasks.colour.on"),
-        ("DATASETS.TEST and DATASETS.TRAIN", "dataloader.test.dataset.names and dataloader.train.dataset.names"),
-        ("MODEL.WEIGHTSX, MY.SEED, 'SEED'", "MODEL.WEIGHTSX, MY.SEED, 'SEED'"),
-        ("in the yaml or yamls", "in the .py or yamls"),
-        ("type: MODEL.HEAD_ADAPT.SOURCE_CLASSES coco", "type: head_adapt.source_classes=coco"),
-        ("no file 'a.yaml', as the yaml says", "no file 'a.yaml', as the .py says"),
-        ("reads: MODEL.HEAD_ADAPT.PREDICTOR is 'x'", "reads: head_adapt.predictor is 'x'"),
-        ("settings: MODEL.HEAD_ADAPT.MATCH cannot be used", "settings: head_adapt.match cannot be used"),
-        ("Set X, or MODEL.HEAD_ADAPT.NEW_ROWS recipe.", "Set X, or head_adapt.new_rows=recipe."),
-        ("Set MODEL.HEAD_ADAPT.MATCH name, or not", "Set head_adapt.match=name, or not"),
-        ("add DATASETS.TRAIN \"('my_train',)\".", "add dataloader.train.dataset.names=\"['my_train']\"."),
-        ("Set MODEL.MASK_ON False.", "Set model.roi_heads.mask_in_features=null."),
-        ("write dataloader.evaluator = [L(X)()].", "write dataloader.evaluator = [L(X)()]."),
-        ("Type <code>MODEL.WEIGHTS a.pth</code>", "Type <code>train.init_checkpoint=a.pth</code>"),
-    ):
-        assert in_lazy_words(said) == expected
-    for said, expected in (
-        ("Name them: MODEL.HEAD_ADAPT.TARGET_CLASSES names.txt.", "Name them: head_adapt.target_classes=names.txt."),
-        ("a mapping to {on: image} or {on: box}", 'a mapping to dict(on="image") or dict(on="box")'),
-        ("Write {held_out: 0.25, seed: 0}, not {this}.", "Write dict(held_out=0.25, seed=0), not {this}."),
-    ):
-        assert fix_in_lazy_words(said) == expected
-
-
 def test_what_a_message_says_to_type_works_when_it_is_typed(tmp_path: Path, weights: Path) -> None:
     """Each fix is taken from the message and given on the command line, as a shell would."""
     path = write_lazy(tmp_path, ["cat", "gnu"], body="head_adapt['tasks'] = dict(c=dict(on='box', classes=['x', 'y']))")
@@ -600,7 +571,7 @@ def test_predict_takes_names_from_the_file_and_sizes_from_the_test_mapper(tmp_pa
     out = ["--images", tmp_path / "data", "--output", tmp_path / "seen", "--least-score", "0"]
     ran = cli("predict", "--config-file", config, "--weights", weights, *out)
     assert ran.code == 0, ran.err
-    found = json.loads((tmp_path / "seen" / "predictions.json").read_text())
+    found = json.loads((tmp_path / "seen" / "predictions.json").read_text())["images"]
     seen = {d["class"] for entry in found for d in entry["detections"]}
     assert len(found) == 4 and seen and seen <= set(OLD)
 

@@ -270,7 +270,7 @@ def test_a_yaml_runs_nothing(tmp_path: Path, value: str, base: bool) -> None:
     assert caught.value.where == f"{path}, line 3"
     assert caught.value.expected == "plain values" and caught.value.found.endswith(", which may run code")
     assert caught.value.fix == (
-        "Write the value itself. If you know who wrote the file, add MODEL.HEAD_ADAPT.TRUST_FILE True to the command."
+        "Write the value itself. If you know the author, add MODEL.HEAD_ADAPT.TRUST_FILE True to the command."
     )
     assert not mark.exists()
 

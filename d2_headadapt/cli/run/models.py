@@ -15,15 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ...data.datasets import register_datasets
 from ...data.task_datasets import settle_tasks
-from ...setup.task_checks import check_tasks
+from ...setup.task_checks import TWINS, check_tasks
 
 logger = logging.getLogger(__name__)
-HEADS = {
-    "StandardROIHeads": "HeadAdaptROIHeads",
-    "CascadeROIHeads": "HeadAdaptCascadeROIHeads",
-    "Res5ROIHeads": "HeadAdaptRes5ROIHeads",
-}
-"""Stock ROI heads -> those of this package in their place."""
 
 
 class Architecture:
@@ -69,7 +63,7 @@ def adopt_models(*, heads: bool) -> None:
     META_ARCH_REGISTRY.get = lambda name: Architecture(stock(name))
     if heads:
         stock_heads = ROI_HEADS_REGISTRY.get
-        ROI_HEADS_REGISTRY.get = lambda name: stock_heads(HEADS.get(name, name))
+        ROI_HEADS_REGISTRY.get = lambda name: stock_heads(TWINS.get(name, name))
     _adopt_cpus()
 
 

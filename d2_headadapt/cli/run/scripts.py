@@ -22,18 +22,14 @@ def run_script(command: Sequence[str], adoption: Adoption) -> None:
     A :class:`HeadAdaptError` of a process that the script started ends this one with its one line and its exit code.
 
     Args:
-        command: the script or ``-m module``, and its arguments.
+        command: the script, which is there, or ``-m module``, and its arguments.
         adoption: how.
 
     Raises:
-        UsageError: there is no such script or module.
+        UsageError: there is no such module.
         HeadAdaptError: what was met in this process.
     """
     is_module = command[0] == "-m"
-    if not is_module and not os.path.isfile(command[0]):
-        raise UsageError(
-            "d2-headadapt run", expected="a Python script", found=f"no file {command[0]!r}", fix="Correct the path."
-        )
     _put_in_front(os.getcwd() if is_module else os.path.dirname(os.path.abspath(command[0])))
     if is_module:
         _check_module(command[1])

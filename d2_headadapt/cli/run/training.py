@@ -19,6 +19,7 @@ from ...data.task_spec import task_specs
 from ...engine.gradient_watch import UntrainedHeads
 from ...engine.train import Trainer
 from ...fit.hook import FitHook
+from ...key import TASKS
 
 logger = logging.getLogger(__name__)
 _trainers: list[str] = []
@@ -94,9 +95,10 @@ def adopt_mapper() -> None:
     def from_config(cls: type[DatasetMapper], cfg: Any, is_train: bool = True) -> Any:
         if cls is DatasetMapper and is_train and cfg.MODEL.get("TASKS"):
             logger.warning(
-                "MODEL.TASKS: the script's data loader has detectron2's DatasetMapper, which leaves the labels of "
+                "%s: the script's data loader has detectron2's DatasetMapper, which leaves the labels of "
                 "tasks out, so their heads are not trained. Give it mapper=TaskMapper(cfg, True) of "
-                "d2_headadapt.data.task_mapper."
+                "d2_headadapt.data.",
+                TASKS,
             )
         return stock(cls, cfg, is_train)
 

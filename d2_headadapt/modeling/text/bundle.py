@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -25,13 +26,18 @@ from ...adapt.planner import match_tables
 from ...adapt.vocabularies import vocabulary, vocabulary_names
 from ...data.datasets import resolve_table
 from ...errors import ClassTableError, TextError
-from ...files import read_values
+from ...key import HEAD_ADAPT, Key
 
-FILE_KEY = "MODEL.HEAD_ADAPT.TEXT.FILE"
-NAMES_KEY = "MODEL.HEAD_ADAPT.TEXT.NAMES"
+FILE_KEY = HEAD_ADAPT.TEXT.FILE
+NAMES_KEY = HEAD_ADAPT.TEXT.NAMES
 UNIT = 2e-3
 """How far a norm may be from 1 in a normalised file; rounding to float16 moves it by 5e-4 at most."""
 
+# numpy parses the header of a .npy file as Python.
+_NPY_ERRORS = (
+    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, RecursionError),
+    *(SyntaxError, TypeError, ValueError, tokenize.TokenError),
+)
 _MATRICES = ("embeddings", "text_embeddings", "weight", "zs_weight", "matrix")
 
 
@@ -61,7 +67,7 @@ class TextBundle:
         return int(self.matrix.shape[1])
 
     def rows_for(self, target: ClassTable, aliases: Sequence[str] = ()) -> tuple[torch.Tensor, tuple[str, ...]]:
-        """The rows of ``target``, picked by name.
+        """Pick the rows of ``target`` by name.
 
         Args:
             target: the classes wanted.
@@ -79,7 +85,10 @@ class TextBundle:
         return self.matrix[torch.tensor(found, dtype=torch.int64, device=self.matrix.device)], missing
 
     def require(self, target: ClassTable, aliases: Sequence[str] = ()) -> torch.Tensor:
-        """The (K', D) rows of ``target``.
+        """Pick the (K', D) rows of ``target``; raise where one is missing.
+
+        Args:
+            target, aliases: as :meth:`rows_for`.
 
         Raises:
             TextError: classes that the file lacks, with the nearest names it has.
@@ -91,13 +100,13 @@ class TextBundle:
         return rows
 
     def lacks(self, target: ClassTable, missing: Sequence[str]) -> TextError:
-        """The error for classes of ``target`` that have no row."""
+        """Make the error for the classes of ``target`` that have no row, which ``missing`` names."""
         near = "".join(f" For {name!r}:{did_you_mean(name, self.names.names)}" for name in missing[:5])
         return TextError(
             f"{FILE_KEY}, {self.path}",
             expected=f"a row for each of the {len(target)} classes of {target.origin}",
             found=f"none for {shorten(list(missing))} among its {len(self.names)} rows",
-            fix=f"Name the row: MODEL.HEAD_ADAPT.ALIASES \"['{missing[0]}=its name in the file']\", or add rows to the "
+            fix=f"Name the row: {HEAD_ADAPT.ALIASES.set([f'{missing[0]}=its name in the file'])}, or add rows to the "
             f"file.{near}",
         )
 
@@ -152,7 +161,7 @@ def read_bundle(
                 path,
                 "a background embedding, as BACKGROUND is 'file'",
                 f"{len(table)} rows for {len(table)} names and no entry 'background'",
-                "Set MODEL.HEAD_ADAPT.TEXT.BACKGROUND learned or zero, or store it as row K of K + 1.",
+                f"Set {HEAD_ADAPT.TEXT.BACKGROUND.set('learned')} or zero, or store it as row K of K + 1.",
             )
         if found is not None and found.shape != matrix.shape[1:]:
             _refuse(
@@ -178,12 +187,16 @@ def _read(path: str, trust: bool) -> _Raw:
         _refuse(path, "a file of embeddings", "no such file", f"Correct {FILE_KEY}.{near}")
     if local.endswith(".npy"):
         try:
-            # Without pickle: an array of objects could run code.
-            loaded: Any = np.load(local, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            # Without pickle: an array of objects could run code. Mapped: a header may promise more than the file has.
+            loaded: Any = np.load(local, mmap_mode="r", allow_pickle=False)
+        except _NPY_ERRORS as error:
             fix = "Save it with numpy.save as an array of floats."
-            _refuse(path, "an array that numpy.save wrote", str(error), fix, error)
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            _refuse(path, "an array that numpy.save wrote", found, fix, error)
     else:
+        # Here, because every process that builds a model imports this module, and few read embeddings.
+        from ...files import read_values
+
         loaded = read_values(local, trust=trust)
     if isinstance(loaded, Mapping) and "model" in loaded and isinstance(loaded["model"], Mapping):
         loaded = loaded["model"]
@@ -205,7 +218,8 @@ def _from_dict(path: str, loaded: Mapping[str, Any]) -> _Raw:
 
 def _floats(path: str, value: Any) -> torch.Tensor:
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        value = torch.from_numpy(value.astype(np.float32))
+        with np.errstate(over="ignore"):  # what becomes infinite is HA404's
+            value = torch.from_numpy(value.astype(np.float32))
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
         found = f"{type(value).__name__} of {getattr(value, 'dtype', 'no numbers')}"
         _refuse(path, "a matrix of floats, one row per class", found, "Save the text encoder's output.")
@@ -219,7 +233,7 @@ def _sidecar(path: str) -> dict[str, Any]:
     try:
         with open(beside, encoding="utf-8") as file:
             facts = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _refuse(beside, "valid JSON", str(error), "Write the file anew.", error)
     facts = {"names": facts} if isinstance(facts, list) else facts
     if not isinstance(facts, dict) or not isinstance(facts.get("normalised", False), bool):
@@ -234,7 +248,9 @@ def _names(path: str, names: Any, facts: Mapping[str, Any], matrix: torch.Tensor
     table = resolve_table(names, key=NAMES_KEY)
     if table is None and facts.get("names") is not None:
         stored = facts["names"]
-        table = resolve_table(stored, key=f"{path}, names") if isinstance(stored, str) else ClassTable(stored, path)
+        table = (
+            resolve_table(stored, key=Key(f"{path}, names")) if isinstance(stored, str) else ClassTable(stored, path)
+        )
     if table is None:
         shape = tuple(matrix.shape)
         _refuse(
@@ -255,9 +271,9 @@ def _suggested(shape: Sequence[int]) -> str:
     fitting = sorted((name for name in sizes if sizes[name] in counts), key=lambda name: counts[sizes[name]])
     if not fitting:
         every = ", ".join(f"{name} ({count})" for name, count in sizes.items() if count)
-        return f"Name them: {NAMES_KEY} names.txt. No vocabulary has that many classes: {every}."
+        return f"Name them: {NAMES_KEY.set('names.txt')}. No vocabulary has that many classes: {every}."
     listed = ", ".join(f"{name} ({sizes[name]})" for name in fitting)
-    return f"If it holds a vocabulary of that size ({listed}), in its order: {NAMES_KEY} {fitting[0]}."
+    return f"If it holds a vocabulary of that size ({listed}), in its order: {NAMES_KEY.set(fitting[0])}."
 
 
 def _things(name: str) -> int:
@@ -297,7 +313,7 @@ def _rows(
         return matrix[:, :-1].t().contiguous(), None
     fix = f"Correct {NAMES_KEY}, or use the file of these classes. {_suggested(shape)}"
     if shape[0] == count + 1:
-        fix = f"If the last row is the background, set MODEL.HEAD_ADAPT.TEXT.BACKGROUND file. {fix}"
+        fix = f"If the last row is the background, set {HEAD_ADAPT.TEXT.BACKGROUND.set('file')}. {fix}"
     elif shape[1] in (count, count + 1):
         fix = "If the classes are its columns, save the transpose (numpy: matrix.T) without a background column."
     _refuse(

@@ -20,6 +20,7 @@ from ...adapt.classes import ClassTable
 from ...adapt.layouts import HeadLayout
 from ...adapt.plan import AdaptPlan, TensorPlan
 from ...errors import TextError
+from ...key import HEAD_ADAPT
 from .bundle import FILE_KEY, NAMES_KEY, TextBundle, read_bundle
 
 COUNT = 3
@@ -68,10 +69,10 @@ def nearest_classes(
         if not found:
             raise TextError(
                 f"{FILE_KEY}, {bundle.path}",
-                expected="embeddings of new and of carried classes, as MODEL.HEAD_ADAPT.NEW_ROWS is 'nearest'",
+                expected=f"embeddings of new and of carried classes, as {HEAD_ADAPT.NEW_ROWS} is 'nearest'",
                 found=f"none of the {len(wanted)} {what} classes among its {len(bundle.names)} names",
                 fix=f"Set {FILE_KEY} to a file that has both, and {NAMES_KEY} to its names, or "
-                "MODEL.HEAD_ADAPT.NEW_ROWS recipe.",
+                f"{HEAD_ADAPT.NEW_ROWS.set('recipe')}.",
             )
     unit = F.normalize(rows.double(), dim=1)
     cosines = unit[[place[k] for k in fresh]] @ unit[[place[k] for k in known]].t()
@@ -160,9 +161,9 @@ def plan_nearest(plan: AdaptPlan, path: str, names: object = None, *, count: int
     if not path:
         raise TextError(
             FILE_KEY,
-            expected="a file of text embeddings, as MODEL.HEAD_ADAPT.NEW_ROWS is 'nearest'",
+            expected=f"a file of text embeddings, as {HEAD_ADAPT.NEW_ROWS} is 'nearest'",
             found="none",
-            fix=f"Set {FILE_KEY}, or MODEL.HEAD_ADAPT.NEW_ROWS recipe.",
+            fix=f"Set {FILE_KEY}, or {HEAD_ADAPT.NEW_ROWS.set('recipe')}.",
         )
     bundle = read_bundle(path, names)
     found: dict[str, dict[int, Neighbours]] = {}

@@ -28,6 +28,7 @@ from ...adapt.layouts import HeadLayout
 from ...adapt.plan import AdaptPlan, TensorPlan
 from ...adapt.registry import ModuleContext
 from ...errors import TextError
+from ...key import HEAD_ADAPT
 from ..predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from .bundle import FILE_KEY, TextBundle
 from .preflight import bundle_of, refuse_text
@@ -120,6 +121,10 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
 
     A class without a row in the checkpoint is scored by its embedding at once: only its boxes, where they are
     class-specific, are new.
+
+    Attributes:
+        bundle: the embeddings of the file, before rows were picked.
+        precedence: ``"file"``, ``"checkpoint"`` or ``"error"``: whose rows count at a load.
     """
 
     reads_text = True
@@ -160,7 +165,7 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
             bundle, class_table, aliases=aliases, region_width=width if projection == "never" else None
         ):
             if problem.severity == "error":
-                raise problem.error()
+                raise problem.error
         with torch.device("cpu"):
             rows = bundle.require(class_table, aliases)
         self.bundle = bundle
@@ -178,16 +183,20 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec, class_table: ClassTable | None = None) -> dict[str, Any]:
-        """The parent's arguments, the embeddings of ``TEXT.FILE`` and the keys beside it."""
+        """Read the parent's arguments, the embeddings of ``TEXT.FILE`` and the keys beside it.
+
+        Raises:
+            TextError: embeddings that do not fit, or no class list to pick their rows by.
+        """
         refuse_text(cfg, class_table, region_width=input_shape.channels)
         text, bundle = cfg.MODEL.HEAD_ADAPT.TEXT, bundle_of(cfg)
         if class_table is None:
             if len(bundle.names) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
                 raise TextError(
-                    "MODEL.HEAD_ADAPT.TARGET_CLASSES",
+                    HEAD_ADAPT.TARGET_CLASSES,
                     expected=f"the {cfg.MODEL.ROI_HEADS.NUM_CLASSES} classes of the model, to pick their rows by name",
                     found=f"none, and {len(bundle.names)} rows in {bundle.path}",
-                    fix="Name them: MODEL.HEAD_ADAPT.TARGET_CLASSES names.txt.",
+                    fix=f"Name them: {HEAD_ADAPT.TARGET_CLASSES.set('names.txt')}.",
                 )
             class_table = bundle.names
         return {
@@ -203,7 +212,7 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
         }
 
     def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
-        """Layouts of boxes and federated-loss weights; of the classifier, in a head group of its own.
+        """Describe boxes and federated-loss weights, and the classifier in a head group of its own.
 
         A checkpoint with a linear classifier still gives its boxes and masks.
         """
@@ -217,7 +226,7 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
         yield HeadLayout(f"{name}.background", "thing", name, "text background", axes=())
 
     def facts(self) -> dict[str, Any]:
-        """What a saved file says of the embeddings, in plain types."""
+        """Describe the embeddings for a saved file, in plain types."""
         return {
             "names": list(self.class_table.names) if self.class_table is not None else [],
             "encoder": self.bundle.encoder,
@@ -269,7 +278,7 @@ def refuse_other_text(
                 expected=f"embeddings of {encoder}, which the classifier of {origin} was trained with",
                 found=f"those of {ours}",
                 fix=f"Use a file that {encoder} wrote, or start without that classifier: "
-                "MODEL.HEAD_ADAPT.EXCLUDE \"['*.cls_score.*']\".",
+                f"{HEAD_ADAPT.EXCLUDE.set(['*.cls_score.*'])}.",
             )
         if module.precedence == "error":
             _refuse_difference(module, entry, plan, stored[tensor], origin)
@@ -290,8 +299,9 @@ def _refuse_difference(
         name = plan.target["thing"].names[pairs[worst][0]]
         raise TextError(
             f"{FILE_KEY}, {module.bundle.path}",
-            expected=f"the embeddings that {origin} has, since MODEL.HEAD_ADAPT.TEXT.PRECEDENCE is 'error'",
+            expected=f"the embeddings that {origin} has, since {HEAD_ADAPT.TEXT.PRECEDENCE} is 'error'",
             found=f"others for {int((cosines < AGREE).sum())} of {len(pairs)} classes; most for {name!r}, with a "
             f"cosine of {cosines[worst]:.4f}",
-            fix="Set MODEL.HEAD_ADAPT.TEXT.PRECEDENCE checkpoint to keep what was trained, or file to take the file's.",
+            fix=f"Set {HEAD_ADAPT.TEXT.PRECEDENCE.set('checkpoint')} to keep what was trained, or file to take the "
+            "file's.",
         )

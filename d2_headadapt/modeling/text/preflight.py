@@ -19,13 +19,14 @@ from torch import nn
 
 from ...adapt.classes import ClassTable
 from ...config.settings import AdaptSettings, with_keys
-from ...errors import HeadAdaptError
+from ...errors import Finding, HeadAdaptError, TextError
+from ...key import HEAD_ADAPT, MODEL
 from ..predictor import PREDICTOR_REGISTRY
 from .bundle import FILE_KEY, TextBundle, read_bundle
-from .problems import Problem as Problem
+from .problems import as_text_error
 from .problems import check_bundle as check_bundle
 
-TEXT = "MODEL.HEAD_ADAPT.TEXT"
+TEXT = HEAD_ADAPT.TEXT
 CHOICES = {
     "BACKGROUND": ("learned", "zero", "file"),
     "PROJECTION": ("auto", "always", "never"),
@@ -39,7 +40,7 @@ def reads_text(cfg: CfgNode) -> bool:
     return name in PREDICTOR_REGISTRY and bool(getattr(PREDICTOR_REGISTRY.get(name), "reads_text", False))
 
 
-def preflight(cfg: CfgNode, target: ClassTable | None = None, *, region_width: int | None = None) -> list[Problem]:
+def preflight(cfg: CfgNode, target: ClassTable | None = None, *, region_width: int | None = None) -> list[Finding]:
     """Everything that is wrong with the text embeddings of a config; empty where it uses none.
 
     Args:
@@ -61,7 +62,7 @@ def preflight(cfg: CfgNode, target: ClassTable | None = None, *, region_width: i
     try:
         bundle = bundle_of(cfg)
     except HeadAdaptError as exc:
-        return [*problems, Problem("HA401", "error", exc.where, exc.expected, exc.found, exc.fix)]
+        return [*problems, Finding("HA401", "error", as_text_error(exc))]
     target = target or AdaptSettings.from_config(cfg).target.get("thing")
     if not reads_text(cfg):
         # Nearest rows need no class in the file: one that is not there keeps its recipe.
@@ -70,7 +71,7 @@ def preflight(cfg: CfgNode, target: ClassTable | None = None, *, region_width: i
     return problems + check_bundle(bundle, target or bundle.names, aliases=tuple(node.ALIASES), region_width=width)
 
 
-def refuse_text(cfg: CfgNode, target: ClassTable | None = None, *, region_width: int | None = None) -> list[Problem]:
+def refuse_text(cfg: CfgNode, target: ClassTable | None = None, *, region_width: int | None = None) -> list[Finding]:
     """Raise the first error of :func:`preflight`, and return the warnings; its arguments.
 
     Raises:
@@ -79,7 +80,7 @@ def refuse_text(cfg: CfgNode, target: ClassTable | None = None, *, region_width:
     problems = preflight(cfg, target, region_width=region_width)
     for problem in problems:
         if problem.severity == "error":
-            raise problem.error()
+            raise problem.error
     return problems
 
 
@@ -121,69 +122,82 @@ def width_of_regions(cfg: CfgNode) -> int | None:
     return getattr(getattr(first, "cls_score", None), "in_features", None)
 
 
-def _no_effect(cfg: CfgNode) -> Iterator[Problem]:
+def _no_effect(cfg: CfgNode) -> Iterator[Finding]:
     file = cfg.MODEL.HEAD_ADAPT.TEXT.FILE
     if file:
-        yield Problem(
+        yield Finding(
             "HA407",
             "warning",
-            FILE_KEY,
-            "a predictor of text embeddings, or NEW_ROWS nearest",
-            f"{file!r}, which nothing reads: MODEL.HEAD_ADAPT.PREDICTOR is {cfg.MODEL.HEAD_ADAPT.PREDICTOR!r}",
-            "Set MODEL.HEAD_ADAPT.PREDICTOR HeadAdaptTextOutputLayers, or leave the file out.",
+            TextError(
+                FILE_KEY,
+                expected="a predictor of text embeddings, or NEW_ROWS nearest",
+                found=f"{file!r}, which nothing reads: {HEAD_ADAPT.PREDICTOR} is {cfg.MODEL.HEAD_ADAPT.PREDICTOR!r}",
+                fix=f"Set {HEAD_ADAPT.PREDICTOR.set('HeadAdaptTextOutputLayers')}, or leave the file out.",
+            ),
         )
 
 
-def _keys(cfg: CfgNode) -> Iterator[Problem]:
+def _keys(cfg: CfgNode) -> Iterator[Finding]:
     text = cfg.MODEL.HEAD_ADAPT.TEXT
     if not text.FILE:
-        yield Problem(
+        yield Finding(
             "HA401",
             "error",
-            FILE_KEY,
-            "a file of class embeddings",
-            "none",
-            f"Name a .npy, .pth or .safetensors file: {FILE_KEY} clip.npy.",
+            TextError(
+                FILE_KEY,
+                expected="a file of class embeddings",
+                found="none",
+                fix=f"Name a .npy, .pth or .safetensors file: {FILE_KEY.set('clip.npy')}.",
+            ),
         )
     for key, choices in CHOICES.items():
         if text[key] not in choices:
-            yield Problem(
+            yield Finding(
                 "HA407",
                 "error",
-                f"{TEXT}.{key}",
-                f"one of {', '.join(choices)}",
-                repr(text[key]),
-                f"Set {TEXT}.{key} {choices[0]}.",
+                TextError(
+                    TEXT[key],
+                    expected=f"one of {', '.join(choices)}",
+                    found=repr(text[key]),
+                    fix=f"Set {TEXT[key].set(choices[0])}.",
+                ),
             )
     if not reads_text(cfg):
         return
     if not 0 < text.TEMPERATURE < float("inf"):
-        yield Problem(
+        yield Finding(
             "HA407",
             "error",
-            f"{TEXT}.TEMPERATURE",
-            "a positive number, the factor of the cosine",
-            repr(text.TEMPERATURE),
-            f"Set {TEXT}.TEMPERATURE 50.0.",
+            TextError(
+                TEXT.TEMPERATURE,
+                expected="a positive number, the factor of the cosine",
+                found=repr(text.TEMPERATURE),
+                fix=f"Set {TEXT.TEMPERATURE.set(50.0)}.",
+            ),
         )
     if text.TRAINABLE and text.PRECEDENCE == "file":
-        yield Problem(
+        yield Finding(
             "HA407",
             "error",
-            f"{TEXT}.PRECEDENCE",
-            "'checkpoint' or 'error' where TRAINABLE is True",
-            "'file', which would put the file's rows over the trained ones at every load, resumes included",
-            f"Set {TEXT}.PRECEDENCE checkpoint, or {TEXT}.TRAINABLE False.",
+            TextError(
+                TEXT.PRECEDENCE,
+                expected="'checkpoint' or 'error' where TRAINABLE is True",
+                found="'file', which would put the file's rows over the trained ones at every load, resumes included",
+                fix=f"Set {TEXT.PRECEDENCE.set('checkpoint')}, or {TEXT.TRAINABLE.set(False)}.",
+            ),
         )
     heads = cfg.MODEL.ROI_HEADS.NAME
     if heads in ROI_HEADS_REGISTRY and not hasattr(ROI_HEADS_REGISTRY.get(heads), "reads_box_tasks"):
-        yield Problem(
+        yield Finding(
             "HA407",
             "error",
-            "MODEL.ROI_HEADS.NAME",
-            "ROI heads that read MODEL.HEAD_ADAPT.PREDICTOR, such as HeadAdaptROIHeads",
-            f"{heads!r}, which builds a linear classifier whatever that key says",
-            f"Set MODEL.ROI_HEADS.NAME HeadAdapt{heads}, or MODEL.HEAD_ADAPT.PREDICTOR HeadAdaptOutputLayers."
-            if f"HeadAdapt{heads}" in ROI_HEADS_REGISTRY
-            else "Set MODEL.ROI_HEADS.NAME HeadAdaptROIHeads.",
+            TextError(
+                MODEL.ROI_HEADS.NAME,
+                expected=f"ROI heads that read {HEAD_ADAPT.PREDICTOR}, such as HeadAdaptROIHeads",
+                found=f"{heads!r}, which builds a linear classifier whatever that key says",
+                fix=f"Set {MODEL.ROI_HEADS.NAME.set(f'HeadAdapt{heads}')}, or "
+                f"{HEAD_ADAPT.PREDICTOR.set('HeadAdaptOutputLayers')}."
+                if f"HeadAdapt{heads}" in ROI_HEADS_REGISTRY
+                else f"Set {MODEL.ROI_HEADS.NAME.set('HeadAdaptROIHeads')}.",
+            ),
         )

@@ -14,16 +14,16 @@ Codes, as the doctor prints them:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ...adapt.classes import ClassTable, shorten
-from ...errors import HeadAdaptError, TextError
+from ...errors import Finding, HeadAdaptError, Severity, TextError
+from ...key import HEAD_ADAPT, MODEL
 from .bundle import FILE_KEY, UNIT, TextBundle
 
-PROJECTION_KEY = "MODEL.HEAD_ADAPT.TEXT.PROJECTION"
+PROJECTION_KEY = HEAD_ADAPT.TEXT.PROJECTION
 WIDTHS = {
     "RN50": 1024,
     "RN101": 512,
@@ -40,35 +40,13 @@ SAME = 1 - 1e-6
 """From this cosine on two rows are one; distinct names of the LVIS file reach 0.965."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong.
-
-    Args:
-        code: ``HA401`` to ``HA407``.
-        severity: ``"error"``, or ``"warning"`` where the model can be built all the same.
-        where, expected, found, fix: as in :class:`HeadAdaptError`.
-    """
-
-    code: str
-    severity: str
-    where: str
-    expected: str
-    found: str
-    fix: str
-
-    def error(self) -> TextError:
-        """The exception that says this."""
-        return TextError(self.where, expected=self.expected, found=self.found, fix=self.fix)
-
-
 def check_bundle(
     bundle: TextBundle,
     target: ClassTable | None = None,
     *,
     aliases: Sequence[str] = (),
     region_width: int | None = None,
-) -> list[Problem]:
+) -> list[Finding]:
     """Everything that is wrong with some embeddings.
 
     Args:
@@ -107,46 +85,57 @@ def width_of(encoder: str) -> int | None:
     return found
 
 
+def as_text_error(error: HeadAdaptError) -> TextError:
+    """The same message as an error of the text embeddings."""
+    return TextError(error.where, expected=error.expected, found=error.found, fix=error.fix)
+
+
 def _letters(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
-def _width(bundle: TextBundle, region: int | None) -> Iterator[Problem]:
+def _width(bundle: TextBundle, region: int | None) -> Iterator[Finding]:
     width, like = bundle.width, encoders_of(bundle.width)
     shape = tuple(bundle.matrix.shape)
     looks = f"which looks like {' or '.join(like)}" if like else "which no CLIP encoder writes"
     if region is not None and region != width:
         fitting = encoders_of(region)
-        yield Problem(
+        yield Finding(
             "HA402",
             "error",
-            f"{FILE_KEY}, {bundle.path}",
-            f"rows of width {region}, as the model's region features, since {PROJECTION_KEY} is never",
-            f"{shape}, of width {width}, {looks}",
-            "Either use a file of an encoder of that width"
-            + (f" ({' or '.join(fitting)})" if fitting else "")
-            + f", or keep this file and set {PROJECTION_KEY} auto (a trained linear layer {region} -> {width}), or "
-            f"give the model the backbone and box head of this encoder, {width} wide (MODEL.ROI_BOX_HEAD.FC_DIM, or "
-            "MODEL.RESNETS.RES2_OUT_CHANNELS). The number of classes has nothing to do with it.",
+            TextError(
+                f"{FILE_KEY}, {bundle.path}",
+                expected=f"rows of width {region}, as the model's region features, since {PROJECTION_KEY} is never",
+                found=f"{shape}, of width {width}, {looks}",
+                fix="Either use a file of an encoder of that width"
+                + (f" ({' or '.join(fitting)})" if fitting else "")
+                + f", or keep this file and set {PROJECTION_KEY.set('auto')} (a trained linear layer {region} -> "
+                f"{width}), "
+                f"or give the model the backbone and box head of this encoder, {width} wide "
+                f"({MODEL.ROI_BOX_HEAD.FC_DIM}, or "
+                f"{MODEL.RESNETS.RES2_OUT_CHANNELS}). The number of classes has nothing to do with it.",
+            ),
         )
     expected = width_of(bundle.encoder) if bundle.encoder else None
     if expected is not None and expected != width:
-        yield Problem(
+        yield Finding(
             "HA402",
             "error",
-            f"{FILE_KEY}, {bundle.path}",
-            f"rows of width {expected}, as {bundle.encoder} writes them",
-            f"width {width}, {looks}",
-            "Use the file of that encoder, or correct MODEL.HEAD_ADAPT.TEXT.ENCODER"
-            + (
-                f": MODEL.HEAD_ADAPT.TEXT.ENCODER {like[0]}."
-                if like
-                else " (in the json beside the file where it stands there)."
+            TextError(
+                f"{FILE_KEY}, {bundle.path}",
+                expected=f"rows of width {expected}, as {bundle.encoder} writes them",
+                found=f"width {width}, {looks}",
+                fix=f"Use the file of that encoder, or correct {HEAD_ADAPT.TEXT.ENCODER}"
+                + (
+                    f": {HEAD_ADAPT.TEXT.ENCODER.set(like[0])}."
+                    if like
+                    else " (in the json beside the file where it stands there)."
+                ),
             ),
         )
 
 
-def _values(bundle: TextBundle) -> Iterator[Problem]:
+def _values(bundle: TextBundle) -> Iterator[Finding]:
     finite = bundle.matrix.isfinite().all(dim=1)
     zero = (bundle.matrix == 0).all(dim=1)
     if bundle.background is not None and not bool(bundle.background.isfinite().all()):
@@ -157,14 +146,16 @@ def _values(bundle: TextBundle) -> Iterator[Problem]:
         yield _bad_rows(bundle, _names_of(bundle, zero), "a direction for each class", "zeros")
 
 
-def _bad_rows(bundle: TextBundle, names: Sequence[str], expected: str, found: str) -> Problem:
-    return Problem(
+def _bad_rows(bundle: TextBundle, names: Sequence[str], expected: str, found: str) -> Finding:
+    return Finding(
         "HA404",
         "error",
-        f"{FILE_KEY}, {bundle.path}",
-        expected,
-        f"{found} in the rows of {shorten(list(names))}",
-        "Write the file anew; in float16, numbers above 65504 become infinite.",
+        TextError(
+            f"{FILE_KEY}, {bundle.path}",
+            expected=expected,
+            found=f"{found} in the rows of {shorten(list(names))}",
+            fix="Write the file anew; in float16, numbers above 65504 become infinite.",
+        ),
     )
 
 
@@ -172,34 +163,35 @@ def _names_of(bundle: TextBundle, rows: torch.Tensor) -> list[str]:
     return [bundle.names.names[i] for i in rows.nonzero()[:, 0].tolist()]
 
 
-def _classes(bundle: TextBundle, target: ClassTable, aliases: Sequence[str]) -> Iterator[Problem]:
+def _classes(bundle: TextBundle, target: ClassTable, aliases: Sequence[str]) -> Iterator[Finding]:
     try:
         rows, missing = bundle.rows_for(target, aliases)
     except HeadAdaptError as exc:
-        yield Problem("HA403", "error", exc.where, exc.expected, exc.found, exc.fix)
+        yield Finding("HA403", "error", as_text_error(exc))
         return
     if missing:
-        error = bundle.lacks(target, missing)
-        yield Problem("HA403", "error", error.where, error.expected, error.found, error.fix)
+        yield Finding("HA403", "error", bundle.lacks(target, missing))
     yield from _twins(rows, [n for n in target.names if n not in missing], bundle.path, "error")
 
 
-def _twins(matrix: torch.Tensor, names: Sequence[str], path: str, severity: str) -> Iterator[Problem]:
+def _twins(matrix: torch.Tensor, names: Sequence[str], path: str, severity: Severity) -> Iterator[Finding]:
     unit = nn.functional.normalize(matrix.double(), dim=1)
     alike = ((unit @ unit.t()).triu(diagonal=1) >= SAME).nonzero().tolist()
     if alike:
         pairs = [f"{names[a]} = {names[b]}" for a, b in alike]
-        yield Problem(
+        yield Finding(
             "HA405",
             severity,
-            f"{FILE_KEY}, {path}",
-            "rows that differ: classes with the same row have the same score",
-            f"{len(alike)} pairs of equal rows: {shorten(pairs, 4)}",
-            "Write the file anew with a prompt of its own for each class, or drop one class of each pair.",
+            TextError(
+                f"{FILE_KEY}, {path}",
+                expected="rows that differ: classes with the same row have the same score",
+                found=f"{len(alike)} pairs of equal rows: {shorten(pairs, 4)}",
+                fix="Write the file anew with a prompt of its own for each class, or drop one class of each pair.",
+            ),
         )
 
 
-def _norms(bundle: TextBundle) -> Iterator[Problem]:
+def _norms(bundle: TextBundle) -> Iterator[Finding]:
     norms = bundle.matrix.norm(dim=1)
     unit = (norms - 1).abs() <= UNIT
     others = norms[~unit & norms.isfinite()]
@@ -207,11 +199,13 @@ def _norms(bundle: TextBundle) -> Iterator[Problem]:
         return
     spread = f"{int((~unit).sum())} of {len(unit)} rows with norms from {others.min():.3g} to {others.max():.3g}"
     expected = "norms of 1, as the file is said to be normalised" if bundle.normalised else "rows of one kind"
-    yield Problem(
+    yield Finding(
         "HA406",
         "warning",
-        f"{FILE_KEY}, {bundle.path}",
-        expected,
-        f"{spread}: {shorten(_names_of(bundle, ~unit), 3)}",
-        "The classifier normalises every row; look whether the rows are of one encoder and one set of prompts.",
+        TextError(
+            f"{FILE_KEY}, {bundle.path}",
+            expected=expected,
+            found=f"{spread}: {shorten(_names_of(bundle, ~unit), 3)}",
+            fix="The classifier normalises every row; look whether the rows are of one encoder and one set of prompts.",
+        ),
     )

@@ -16,11 +16,12 @@ from typing import Any, cast
 from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ...data.entry import absolute_entries
 from ...errors import ConfigError, HeadAdaptError, UsageError
+from ...key import Form, Key, form_of, speaking
 from ..components import import_components
-from .words import in_lazy_words
 
 logger = logging.getLogger(__name__)
 # Bound here, because `run` changes the class's own: it settles a config after its last override, not after each.
@@ -29,6 +30,7 @@ NODE = "head_adapt"
 """The node of a LazyConfig that holds this package's keys."""
 
 
+@speaking(Form.LAZY)
 def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> DictConfig:
     """Read a LazyConfig with its overrides; nothing is resolved or instantiated.
 
@@ -84,6 +86,30 @@ def _refuse_lost_node(config_file: str) -> None:
 def _stores(statement: ast.stmt) -> bool:
     names = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
     return any(name.id == NODE and isinstance(name.ctx, ast.Store) for name in names)
+
+
+@contextmanager
+def in_words_of(config_file: str) -> Iterator[None]:
+    """Let every message meanwhile name keys as ``config_file`` has them.
+
+    Raises:
+        ConfigError: an interpolation of a LazyConfig leads nowhere, or a value is missing.
+    """
+    with speaking(form_of(config_file)):
+        try:
+            yield
+        except OmegaConfBaseException as error:
+            raise unresolved(error, config_file) from error
+
+
+def unresolved(error: OmegaConfBaseException, config_file: str) -> ConfigError:
+    """What an interpolation that leads nowhere, or a missing value, amounts to."""
+    return ConfigError(
+        str(error.full_key or config_file),
+        expected="a value, or an interpolation of one that exists",
+        found=str(error).splitlines()[0],
+        fix="Correct it, or write the value itself.",
+    )
 
 
 def is_lazy(cfg: Any) -> bool:
@@ -207,7 +233,7 @@ def _override(cfg: DictConfig, opts: Sequence[str]) -> None:
 
 
 def _lazy_name(key: str) -> str:
-    name = in_lazy_words(key)
+    name = Key(key).lazy
     return f" {key!r} is {name} there." if name != key else ""
 
 

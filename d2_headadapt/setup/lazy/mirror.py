@@ -17,17 +17,18 @@ from ...config.keys import add_headadapt_config
 from ...config.settings import NUM_CLASSES_KEYS
 from ...data.task_spec import checked_task, complete_tasks
 from ...errors import ConfigError
+from ...key import DATASETS, MIRRORED, TASKS, Form, Key, speaking
 from ...modeling.predictor import PREDICTOR_REGISTRY
 from ..yaml import merge
 from .counts import class_counts
 from .loading import NODE
 from .tree import calls, names_in, select, target_of
-from .words import MIRRORED
 
-BESIDE: Mapping[str, tuple[str, str]] = {"register": ("DATASETS", "REGISTER"), "tasks": ("MODEL", "TASKS")}
+BESIDE: Mapping[str, Key] = {"register": DATASETS.REGISTER, "tasks": TASKS}
 """Keys of the node whose yaml keys are not under ``MODEL.HEAD_ADAPT``."""
 
 
+@speaking(Form.LAZY)
 def mirror_of(lazy: DictConfig) -> CfgNode:
     """The yaml config that ``lazy`` amounts to; not frozen, and nothing in it is resolved.
 
@@ -41,19 +42,12 @@ def mirror_of(lazy: DictConfig) -> CfgNode:
     for key, place in MIRRORED.items():
         value = select(lazy, place)
         if value is not None:
-            section, _, last = key.rpartition(".")
-            _node(cfg, section)[last] = value
+            Key(key).put(cfg, value)
     cfg.DATASETS.TRAIN = names_in(select(lazy, "dataloader.train"))
     cfg.DATASETS.TEST = names_in(select(lazy, "dataloader.test"))
     _mirror_model(cfg, lazy.model)
     _mirror_input(cfg, lazy)
     _read_node(cfg, lazy.get(NODE))
-    return cfg
-
-
-def _node(cfg: CfgNode, section: str) -> CfgNode:
-    for name in filter(None, section.split(".")):
-        cfg = cfg[name]
     return cfg
 
 
@@ -70,11 +64,9 @@ def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
             cfg.MODEL.HEAD_ADAPT.PREDICTOR = name
     counts = class_counts(model)
     for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, NUM_CLASSES_KEYS["PanopticFPN"]):
-        section, _, last = key.rpartition(".")
         found = [count.value for count in counts if count.space == space]
-        parent = _parent(cfg, section)
-        if found and parent is not None and last in parent:
-            parent[last] = found[0]
+        if found and key.of(cfg) is not None:
+            key.put(cfg, found[0])
 
 
 def _has_head(heads: Any, kind: str) -> bool:
@@ -82,13 +74,6 @@ def _has_head(heads: Any, kind: str) -> bool:
     if not isinstance(heads, DictConfig) or heads.get(f"{kind}_head") is None:
         return False
     return f"{kind}_in_features" not in heads or heads[f"{kind}_in_features"] is not None
-
-
-def _parent(cfg: CfgNode, section: str) -> CfgNode | None:
-    node: Any = cfg
-    for name in section.split("."):
-        node = node.get(name) if isinstance(node, CfgNode) else None
-    return node
 
 
 def _mirror_input(cfg: CfgNode, lazy: DictConfig) -> None:
@@ -128,7 +113,6 @@ def _read_node(cfg: CfgNode, node: Any) -> None:
 
 def _read_beside(cfg: CfgNode, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        section, last = BESIDE[key]
         if value is None:
             continue
         kind, example = (list, "[dict(name=...)]") if key == "register" else (dict, 'dict(colour=dict(on="box"))')
@@ -140,7 +124,7 @@ def _read_beside(cfg: CfgNode, values: Mapping[str, Any]) -> None:
             for name, task in value.items():
                 checked_task(name, task)
             value = CfgNode(value, new_allowed=True)
-        cfg[section][last] = value
+        BESIDE[key].put(cfg, value)
 
 
 def _known(node: CfgNode) -> Iterator[tuple[str, Any]]:

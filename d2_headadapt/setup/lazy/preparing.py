@@ -17,13 +17,15 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from ...adapt.classes import ClassTable, did_you_mean
+from ...adapt.classes import ClassTable
 from ...adapt.detectron2_heads import CHOICES
+from ...config.registries import registered
 from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ...data.task_datasets import training_dicts
 from ...data.task_mapper import TaskMapper
 from ...data.task_spec import TaskSpec, task_specs
 from ...errors import ConfigError
+from ...key import HEAD_ADAPT, Form, Key, speaking
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from ...modeling.roi_heads import KnowsItsClasses
@@ -51,6 +53,7 @@ class Prepared:
     settings: AdaptSettings
 
 
+@speaking(Form.LAZY)
 def prepare(
     lazy: DictConfig,
     *,
@@ -91,7 +94,7 @@ def prepare(
     # From here on nothing fails.
     for line in write_counts(lazy.model, settings.target):
         logger.info(line)
-    cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE, "train.device")
+    cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE)
     if select(lazy, "train.device") is not None:
         lazy.train.device = cfg.MODEL.DEVICE
     for node, target, arguments in given:
@@ -124,7 +127,7 @@ def _predictors(model: DictConfig) -> list[tuple[DictConfig, DictConfig, bool]]:
     return found
 
 
-def _agnostic_keys(model: DictConfig) -> frozenset[str]:
+def _agnostic_keys(model: DictConfig) -> frozenset[Key]:
     """The yaml keys that would make boxes or masks class-agnostic as this tree does."""
     boxes = any(node.get("cls_agnostic_bbox_reg", False) for _, node in calls(model))
     masks = bool(agnostic_masks(class_counts(model)))
@@ -161,7 +164,7 @@ def _given_to_heads(
     given: list[tuple[DictConfig, Any, dict[str, Any]]] = []
     predictors = _predictors(model)
     if not predictors and cfg.MODEL.HEAD_ADAPT.PREDICTOR != "HeadAdaptOutputLayers":
-        logger.warning("Nothing reads %s.predictor: the model has no ROI heads of d2_headadapt.", NODE)
+        logger.warning("Nothing reads %s: the model has no ROI heads of d2_headadapt.", HEAD_ADAPT.PREDICTOR)
     for _, node, is_last in predictors:
         target = target_of(node)
         if target is FastRCNNOutputLayers:
@@ -183,18 +186,10 @@ def _given_to_heads(
 
 
 def _predictor_class(name: str) -> Any:
-    if name not in PREDICTOR_REGISTRY:
-        known = [entry for entry, _ in PREDICTOR_REGISTRY]
-        raise ConfigError(
-            f"{NODE}.predictor",
-            expected=f"one of {', '.join(known)}",
-            found=repr(name),
-            fix=f"Register it, or correct the name.{did_you_mean(name, known)}",
-        )
-    found = PREDICTOR_REGISTRY.get(name)
+    found = registered(PREDICTOR_REGISTRY, HEAD_ADAPT.PREDICTOR, name)
     if not (isinstance(found, type) and issubclass(found, HeadAdaptOutputLayers)):
         raise ConfigError(
-            f"{NODE}.predictor",
+            HEAD_ADAPT.PREDICTOR,
             expected="a class derived from HeadAdaptOutputLayers",
             found=repr(name),
             fix="Name it in the tree: model.roi_heads.box_predictor._target_ = ..., with its arguments.",

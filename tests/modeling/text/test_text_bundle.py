@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,39 @@ def test_one_class_may_have_one_row(tmp_path: Path) -> None:
 def test_what_is_no_matrix_of_floats_is_refused(value: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(TextError):
         read_bundle(saved(tmp_path / "clip.npy", value), NAMES)
+
+
+def npy(header: str, data: bytes = bytes(96)) -> bytes:
+    """A ``.npy`` file with this header."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (10000000, 800000)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (10000, 100000)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999, 8)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (-3, 8)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 8)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': ('3', 8)}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (3, 8)}",
+        "{'descr': [], 'fortran_order': False, 'shape': (3, 8)}",
+        "{'descr': '<f4'}",
+        "(" * 5000,
+        "[" * 9000 + "]" * 9000,
+        "-" * 9000 + "1",
+        "",
+    ],
+    ids=lambda header: header[-30:],
+)
+def test_a_header_that_promises_what_the_file_has_not_is_one_line(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "clip.npy"
+    path.write_bytes(npy(header))
+    with pytest.raises(TextError) as caught:
+        read_bundle(str(path), NAMES)
+    assert str(path) in caught.value.where and "\n" not in str(caught.value) and caught.value.fix
 
 
 def test_a_torch_file_goes_through_the_restricted_reader(tmp_path: Path, rows: torch.Tensor) -> None:

@@ -14,10 +14,10 @@ from torch import nn
 
 import d2_headadapt.modeling.text.preflight as preflight_module
 from d2_headadapt import ClassTable
-from d2_headadapt.errors import TextError
+from d2_headadapt.errors import Finding, TextError
 from d2_headadapt.modeling.text.bundle import TextBundle
 from d2_headadapt.modeling.text.preflight import preflight, refuse_text, width_of_regions
-from d2_headadapt.modeling.text.problems import WIDTHS, Problem, check_bundle, encoders_of, width_of
+from d2_headadapt.modeling.text.problems import WIDTHS, check_bundle, encoders_of, width_of
 from d2_headadapt.setup.yaml import resolve_config
 
 CLASSES = ["cat", "dog", "bus"]
@@ -266,5 +266,5 @@ def test_mutation_without_the_check_the_width_is_met_by_the_model_only(
     cfg = text_cfg(tmp_path, embeddings(len(names(3)), 640), PROJECTION="never")
     assert [p.code for p in preflight(cfg)] == ["HA402"]
     monkeypatch.setattr(preflight_module, "width_of_regions", lambda _: None)
-    nothing: list[Problem] = []
+    nothing: list[Finding] = []
     assert preflight(cfg) == nothing
