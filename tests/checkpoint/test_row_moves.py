@@ -46,4 +46,5 @@ def test_a_mutation_is_seen_by_the_oracle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, mutation: object
 ) -> None:
     monkeypatch.setattr(owner, name, mutation)
-    assert any("violation" in entry for entry in judged(tmp_path, LOADS))
+    # Up to the first that differs: not every table tells one mutation from the right rows.
+    assert any("violation" in row_moves.judge(seed, str(tmp_path)) for seed in range(3 * LOADS))
