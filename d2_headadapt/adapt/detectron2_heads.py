@@ -1,7 +1,8 @@
 """The layouts of detectron2's own heads, and of its PointRend, DeepLab and Panoptic-DeepLab projects.
 
 Each function reads one module class of detectron2 (named in its docstring) and says where its classes are. Functions
-are entered under class names, so that nothing here imports a project that may not be installed.
+are entered under the paths of classes, so that nothing here imports a project that may not be installed, and with the
+attributes that they read: a project's own class of the same name, and a subclass that is another head, have none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .layouts import HeadLayout
-from .registry import ModuleContext, register_by_class_name
+from .registry import ModuleContext, register_by_path
 
 ROI_HEADS = ("ROIHeads", "StandardROIHeads", "Res5ROIHeads", "CascadeROIHeads")
 SEMANTIC_HEADS = ("PointRendSemSegHead", "SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
@@ -37,7 +38,9 @@ def _agnostic(module: nn.Module, rows: int, rows_per_class: int, num_classes: in
     return rows != num_classes * rows_per_class
 
 
-@register_by_class_name("FastRCNNOutputLayers")
+@register_by_path(
+    "detectron2.modeling.roi_heads.fast_rcnn.FastRCNNOutputLayers", needs=("box2box_transform.weights", "num_classes")
+)
 def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """``modeling/roi_heads/fast_rcnn.py``: K + 1 rows with background last, boxes class-major (4, or 5 rotated)."""
     group = _thing_group(context)
@@ -54,7 +57,9 @@ def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
     yield HeadLayout(f"{context.name}.fed_loss_cls_weights".lstrip("."), "thing", group, "fed_loss", rebuilt=True)
 
 
-@register_by_class_name("MaskRCNNConvUpsampleHead")
+@register_by_path(
+    "detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead", needs=("predictor.out_channels",)
+)
 def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
     owner = context.owner(*ROI_HEADS)
@@ -64,7 +69,9 @@ def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     yield from _pair(context, "predictor", "thing", _thing_group(context), part="mask_head", **kinds)
 
 
-@register_by_class_name("RetinaNetHead")
+@register_by_path(
+    "detectron2.modeling.meta_arch.retinanet.RetinaNetHead", needs=("cls_score", "bbox_pred.out_channels")
+)
 def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """``modeling/meta_arch/retinanet.py`` and ``fcos.py``: row = anchor x K + class; boxes know no class."""
     anchors = module.bbox_pred.out_channels // 4
@@ -73,7 +80,7 @@ def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
     yield from _pair(context, "bbox_pred", "thing", group, part="head", axes=(), rows_per_class=4, groups=anchors)
 
 
-@register_by_class_name("KRCNNConvDeconvUpsampleHead")
+@register_by_path("detectron2.modeling.roi_heads.keypoint_head.KRCNNConvDeconvUpsampleHead", needs=("score_lowres",))
 def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """``modeling/roi_heads/keypoint_head.py``: a transposed convolution, so output channels are axis 1."""
     weight, bias = _pair(context, "score_lowres", "keypoint", context.name or "keypoint", part="keypoint_head")
@@ -81,7 +88,11 @@ def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
     yield bias
 
 
-@register_by_class_name("SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
+@register_by_path(
+    "detectron2.modeling.meta_arch.semantic_seg.SemSegFPNHead",
+    "deeplab.semantic_seg.DeepLabV3Head",
+    "deeplab.semantic_seg.DeepLabV3PlusHead",
+)
 def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """``modeling/meta_arch/semantic_seg.py`` and the DeepLab project: one channel per class, no background row."""
     if isinstance(getattr(module, "predictor", None), nn.Module):
@@ -90,7 +101,7 @@ def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
         yield from _pair(context, "predictor", "stuff", group or "stuff", part="sem_seg_head")
 
 
-@register_by_class_name("ConvFCHead")
+@register_by_path("point_rend.mask_head.ConvFCHead", needs=("output_shape", "prediction"))
 def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """PointRend ``mask_head.py``: the last linear layer is viewed as (K, side, side).
 
@@ -109,7 +120,10 @@ def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLay
     yield from _pair(context, "prediction", "thing", _thing_group(context), part="mask_head", rows_per_class=side)
 
 
-@register_by_class_name("StandardPointHead")
+@register_by_path(
+    "point_rend.point_head.StandardPointHead",
+    needs=("fc_layers", "predictor.out_channels", "predictor.in_channels", "coarse_pred_each_layer"),
+)
 def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """PointRend ``point_head.py``: the coarse prediction's K channels follow the features in every layer's input."""
     semantic = context.owner("PointRendSemSegHead")
