@@ -57,9 +57,7 @@ def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
     yield HeadLayout(f"{context.name}.fed_loss_cls_weights".lstrip("."), "thing", group, "fed_loss", rebuilt=True)
 
 
-@register_by_path(
-    "detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead", needs=("predictor.out_channels",)
-)
+@register_by_path("detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead", needs=("predictor.out_channels",))
 def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
     owner = context.owner(*ROI_HEADS)

@@ -92,6 +92,10 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             save_to_disk, checkpointables: as in ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.begin(settings)
+
+    def begin(self, settings: AdaptSettings | None) -> None:
+        """What the constructor does beyond the parent's; for subclasses that call another constructor."""
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None

@@ -226,5 +226,5 @@ def run_existing(args: argparse.Namespace) -> int:
             fix="Type: d2-headadapt run train_net.py ...",
         )
     opts = [word for pair in args.opts for word in pair]
-    run_script(args.script, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads))
+    run_script(args.script, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads, args.plan))
     return 0

@@ -22,7 +22,7 @@ from ..config.settings import AdaptSettings
 from ..data.datasets import register_datasets
 from ..data.task_datasets import settle_tasks
 from ..errors import DatasetError, HeadAdaptError
-from ..setup.components import add_component_keys, import_components
+from ..setup.components import add_component_keys, builder_of, import_components
 from ..setup.lazy.loading import load
 from ..setup.lazy.mirror import mirror_of
 from ..setup.lazy.words import is_lazy_file, unresolved
@@ -196,12 +196,13 @@ class DoctorContext:
             # Who is ready has a model of its own, with its settings.
             own = AdaptSettings()
             return Recipe(self.ready, own) if self.lazy is None else LazyRecipe(self.ready, own, self.lazy)
+        builder = builder_of(import_components(self.imports))
         # A test set with other classes has its own finding, and hides no mistake of the model.
         for tests in (self.part("registered").DATASETS.TEST, ()):
             cfg = self.part("registered").clone()
             cfg.DATASETS.TEST = tests
             try:
-                return resolved_recipe(cfg, self.lazy)
+                return resolved_recipe(cfg, self.lazy, builder=builder)
             except HeadAdaptError:
                 if not tests:
                     raise

@@ -22,7 +22,7 @@ def test_a_script_of_somebody_carries_rows_by_name(repository: Repository) -> No
     assert seen["argv"] == ["--config-file", "c.yaml", "SOLVER.MAX_ITER", "1"], "its arguments are untouched"
     assert seen["count"] == 80, "its config is its own"
     said = ran.out + ran.err
-    assert seen["own"] == "MyCheckpointer" and "let it inherit from d2_headadapt.HeadAdaptCheckpointer" in said
+    assert seen["own"] == "MyCheckpointer" and "MyCheckpointer is a checkpointer of the script's own and keeps" in said
     assert "2 of 3 thing classes carried" in said
     assert "fitted" not in said, "new rows are solved only when asked"
 

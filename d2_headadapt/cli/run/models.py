@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from fvcore.common.registry import Registry
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,8 +66,15 @@ def adopt_models(*, heads: bool) -> None:
     Args:
         heads: configs that name stock's ROI heads get this package's.
     """
-    stock = META_ARCH_REGISTRY.get
-    META_ARCH_REGISTRY.get = lambda name: Architecture(stock(name))
+    stock = Registry.get
+
+    @functools.wraps(stock)
+    def get(self: Registry, name: str) -> Any:
+        found = stock(self, name)
+        # Projects have registries of their own under this name.
+        return Architecture(found) if self._name == META_ARCH_REGISTRY._name else found
+
+    Registry.get = get  # type: ignore[method-assign]
     if heads:
         stock_heads = ROI_HEADS_REGISTRY.get
         ROI_HEADS_REGISTRY.get = lambda name: stock_heads(HEADS.get(name, name))

@@ -1,15 +1,12 @@
-"""Checkpointers and ``DefaultTrainer`` of a script."""
+"""``DefaultTrainer`` and data loaders of a script."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer, HookBase
 
@@ -23,40 +20,6 @@ from ...fit.hook import FitHook
 logger = logging.getLogger(__name__)
 _trainers: list[str] = []
 """Of this process, that fit."""
-
-
-def adopt_checkpointer() -> None:
-    """Whoever makes a ``DetectionCheckpointer`` gets this package's; a subclass of the script's own stays."""
-    told: set[type] = set()
-
-    def new(cls: type[DetectionCheckpointer], *args: Any, **kwargs: Any) -> DetectionCheckpointer:
-        _say_torchrun_alone()
-        if cls is DetectionCheckpointer:
-            # An instance of a subclass: Python goes on with that one's constructor.
-            cls = HeadAdaptCheckpointer
-        elif not issubclass(cls, HeadAdaptCheckpointer) and cls not in told:
-            told.add(cls)
-            logger.warning(
-                "%s is a checkpointer of the script's own and is kept, so rows are dropped or loaded as stock does it. "
-                "To have them carried by class name, let it inherit from d2_headadapt.HeadAdaptCheckpointer.",
-                cls.__name__,
-            )
-        made: DetectionCheckpointer = object.__new__(cls)
-        return made
-
-    DetectionCheckpointer.__new__ = staticmethod(new)
-
-
-@functools.cache
-def _say_torchrun_alone() -> None:
-    """Once: processes that torchrun started and that never met each train a model of their own."""
-    several = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and not torch.distributed.is_initialized():
-        logger.warning(
-            "torchrun started %s processes, but the script did not join them (torch.distributed.init_process_group): "
-            "each trains alone. Scripts that use detectron2's launch are started without torchrun, with --num-gpus.",
-            os.environ["WORLD_SIZE"],
-        )
 
 
 def adopt_trainer(*, fit: bool) -> None:
