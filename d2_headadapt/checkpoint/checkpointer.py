@@ -17,6 +17,7 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from ..adapt.causes import Cause
+from ..adapt.classes import shorten
 from ..adapt.plan import AdaptPlan
 from ..adapt.registry import layouts_of
 from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
@@ -250,6 +251,13 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         for notice in plan_notices(plan):
             if notice.level == "unverified":
                 self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
+            elif notice.level == "initialised":
+                hint = f"; type: {notice.type_this}" if notice.type_this else ""
+                self.logger.warning("%s: %s%s", notice.what, notice.why, hint)
+        drawn = [t.name for t in plan.by_action("kept") if t.target_shape and not t.cause.meant and not t.cause.by_user]
+        if drawn:
+            # Stock warns of parameters that are not in the file, and of shapes that differ.
+            self.logger.warning("%d tensors keep the model's initial values: %s", len(drawn), shorten(drawn, 3))
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:

@@ -65,6 +65,9 @@ class AdaptSettings:
         weights: the file that ``source``, ``aliases``, ``match``, ``include``, ``exclude`` and ``rename`` describe
             (``MODEL.WEIGHTS``); empty where they describe whatever is loaded. Another file that says its own classes
             is loaded without them, see :mod:`d2_headadapt.checkpoint.source_keys`.
+        yields: label spaces whose target table is a guess: the classes that a file names of itself win over it, where
+            the model was built for them and ``source`` does not name them.
+        as_stock: a file that gives the model little or nothing is loaded with a warning, as stock detectron2 does.
 
     Raises:
         ConfigError: tables that are none (:meth:`of` takes plain names), or an unknown choice.
@@ -91,6 +94,8 @@ class AdaptSettings:
     text_file: str = ""
     text_names: Any = None
     weights: str = ""
+    yields: frozenset[str] = frozenset()
+    as_stock: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target", "source"):

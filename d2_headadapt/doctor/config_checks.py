@@ -54,7 +54,9 @@ def registers(context: DoctorContext) -> Iterator[Finding]:
 def names_datasets(context: DoctorContext) -> Iterator[Finding]:
     for which in ("TRAIN", "TEST"):
         names = context.cfg.DATASETS[which]
-        if isinstance(names, str):
+        if isinstance(names, str) and which == "TRAIN":
+            names = (names,)  # As for detectron2's loaders.
+        elif isinstance(names, str):
             yield Finding(
                 "HA103",
                 "error",
@@ -253,8 +255,9 @@ def _one_slip(name: str, other: str) -> bool:
 
 
 def _all_registered(cfg: CfgNode) -> bool:
-    both = (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    return all(not isinstance(names, str) and all(name in DatasetCatalog for name in names) for names in both)
+    train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    names = (*((train,) if isinstance(train, str) else train), *test)
+    return not isinstance(test, str) and all(name in DatasetCatalog for name in names)
 
 
 def _rewrites_counts(cfg: CfgNode) -> bool:

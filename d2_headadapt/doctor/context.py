@@ -247,8 +247,10 @@ class DoctorContext:
 
     def _names(self, which: str) -> tuple[str, ...]:
         names = self.part("registered").DATASETS[which]
-        # One string is an error of its own, and its letters are no datasets.
-        return () if isinstance(names, str) else tuple(n for n in names if n in DatasetCatalog)
+        if isinstance(names, str):
+            # Of TRAIN it is one dataset, as for detectron2's loaders; of TEST an error of its own.
+            names = (names,) if which == "TRAIN" else ()
+        return tuple(n for n in names if n in DatasetCatalog)
 
     def json_path(self, name: str) -> str | None:
         """The annotation file of a dataset, where its metadata names one."""

@@ -89,13 +89,13 @@ def test_data_loaders_before_the_model_and_a_config_that_is_handed_over(tmp_path
         assert seen == {
             "images": 1,
             "checkpointer": "HeadAdaptCheckpointer",
-            "rows": 4,
+            "rows": 81,
             "count": 80,
             "is": [True, True, "GeneralizedRCNN"],
             "from_config": True,
         }
     said = ran.out + ran.err
-    assert said.count("MODEL.ROI_HEADS.NUM_CLASSES was 80, is 3, the classes of mine") == 1
+    assert said.count("mine has 3 thing classes and the script's model 80, which stays") == 1
     assert said.count("DatasetMapper, which leaves the labels of tasks out") == 1
 
 

@@ -13,6 +13,7 @@ import torch.multiprocessing
 import torch.multiprocessing.spawn
 
 from .checkpointers import adopt_checkpointer
+from .classes import adopt_training
 from .configs import adopt_configs, register_entries, registered_entries
 from .models import adopt_models
 from .said import adopt_logger
@@ -56,6 +57,7 @@ class Adoption:
         adopt_configs(self.opts, imports, self.folder)
         adopt_checkpointer(plan=self.plan)
         adopt_models(heads=self.heads)
+        adopt_training()
         adopt_trainer(fit=self.fit)
         adopt_mapper()
         _adopt_processes(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,9 @@ from fvcore.common.registry import Registry
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
-from ...data.datasets import register_datasets
-from ...data.task_datasets import settle_tasks
-from ...setup.task_checks import check_tasks
+from ...config.settings import attach_settings
+from .classes import read_classes
 
-logger = logging.getLogger(__name__)
 HEADS = {
     "StandardROIHeads": "HeadAdaptROIHeads",
     "CascadeROIHeads": "HeadAdaptCascadeROIHeads",
@@ -38,13 +34,13 @@ class Architecture:
         cfg = args[0] if args else kwargs.get("cfg")
         if not isinstance(cfg, CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
             return self.stock(*args, **kwargs)
-        own, settings = _own_config(cfg)
+        own, classes = read_classes(cfg)
         if args:
             args = (own, *args[1:])
         else:
             kwargs["cfg"] = own
         model: nn.Module = self.stock(*args, **kwargs)
-        attach_settings(model, settings)
+        attach_settings(model, classes.settle(model))
         return model
 
     def __getattr__(self, name: str) -> Any:
@@ -79,25 +75,6 @@ def adopt_models(*, heads: bool) -> None:
         stock_heads = ROI_HEADS_REGISTRY.get
         ROI_HEADS_REGISTRY.get = lambda name: stock_heads(HEADS.get(name, name))
     _adopt_cpus()
-
-
-def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
-    """What the model is built from: the script's config where nothing of it changes, else a changed copy."""
-    register_datasets(cfg.DATASETS.REGISTER)
-    own = cfg.clone()
-    own.defrost()
-    if own.MODEL.TASKS:
-        check_tasks(own)
-        settle_tasks(own)
-    settings = AdaptSettings.from_config(own)
-    lines = apply_num_classes(own, settings.target)
-    for line in lines:
-        logger.info(line)
-    if not lines and not own.MODEL.TASKS:
-        return cfg, settings
-    if cfg.is_frozen():
-        own.freeze()
-    return own, settings
 
 
 def _adopt_cpus() -> None:

@@ -16,6 +16,7 @@ from ...data.task_spec import task_specs
 from ...engine.gradient_watch import UntrainedHeads
 from ...engine.train import Trainer
 from ...fit.hook import FitHook
+from .classes import has_tasks
 
 logger = logging.getLogger(__name__)
 _trainers: list[str] = []
@@ -39,7 +40,7 @@ def adopt_trainer(*, fit: bool) -> None:
             return hooks
         if fit and isinstance(self.checkpointer, HeadAdaptCheckpointer):
             hooks.insert(0, FitHook.from_config(self.cfg, lambda: self.checkpointer.rows_to_fit()))
-        if self.cfg.MODEL.get("TASKS"):
+        if has_tasks(self.cfg):
             # Before all others, because an evaluation calls the model too.
             hooks.insert(0, UntrainedHeads(task_specs(self.cfg)))
         return hooks
@@ -55,7 +56,7 @@ def adopt_mapper() -> None:
 
     @functools.wraps(stock)
     def from_config(cls: type[DatasetMapper], cfg: Any, is_train: bool = True) -> Any:
-        if cls is DatasetMapper and is_train and cfg.MODEL.get("TASKS"):
+        if cls is DatasetMapper and is_train and has_tasks(cfg):
             logger.warning(
                 "MODEL.TASKS: the script's data loader has detectron2's DatasetMapper, which leaves the labels of "
                 "tasks out, so their heads are not trained. Give it mapper=TaskMapper(cfg, True) of "
@@ -69,7 +70,7 @@ def adopt_mapper() -> None:
 def _with_tasks(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def build_loader(cls: type[DefaultTrainer], cfg: Any, *args: Any) -> Any:
-        return ours(cfg, *args) if cfg.MODEL.get("TASKS") else stock(cls, cfg, *args)
+        return ours(cfg, *args) if has_tasks(cfg) else stock(cls, cfg, *args)
 
     return build_loader
 

@@ -1,0 +1,222 @@
+"""Which classes the model of a script has: those that a key names, else those of ``DATASETS.TRAIN`` as far as they fit.
+
+``DATASETS.TRAIN`` says what a model predicts only where it is trained: a script that predicts leaves there what the
+yaml it started from had. So the number of classes that the script's own config gives the model stays, and a training
+set's names are taken for rows that the model has.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from torch import nn
+
+from ...adapt.classes import KEY_SUFFIXES, ClassTable
+from ...adapt.planner import target_key
+from ...adapt.registry import layouts_of
+from ...checkpoint.load import say_other_spaces
+from ...config.settings import NUM_CLASSES_KEYS, AdaptSettings, apply_num_classes
+from ...data.datasets import SPACE_METADATA, register_datasets, training_table
+from ...data.task_datasets import settle_tasks
+from ...data.task_spec import DEFAULTS, task_specs
+from ...engine.own_loop import class_counts
+from ...errors import HeadAdaptError
+from ...modeling.roi_heads import KnowsItsClasses
+from ...setup.task_checks import check_tasks
+
+logger = logging.getLogger(__name__)
+_training: list[str] = []
+"""Trainers that are being built: what builds a model inside will train it."""
+
+
+@dataclass(frozen=True)
+class ScriptClasses:
+    """What a script's config says of its classes.
+
+    Args:
+        settings: of the keys that are set, and of tasks.
+        told: label spaces that a key names.
+        trained: what ``DATASETS.TRAIN`` names, for label spaces without a key.
+        datasets: those of ``DATASETS.TRAIN``.
+        counts: the number of classes under the config's own keys, for label spaces of a known architecture.
+    """
+
+    settings: AdaptSettings
+    told: frozenset[str]
+    trained: Mapping[str, ClassTable]
+    datasets: tuple[str, ...]
+    counts: Mapping[str, int]
+
+    def settle(self, model: nn.Module) -> AdaptSettings:
+        """The settings of a model that was built, and what is said where ``DATASETS.TRAIN`` does not fit it."""
+        found = class_counts(model)
+        say_other_spaces(self.told, layouts_of(model), target_key)
+        target, yields = dict(self.settings.target), set[str]()
+        for space, table in self.trained.items():
+            count = found.get(space) if found else self.counts.get(space)
+            if count == len(table):
+                target[space] = table
+            elif count is not None and count > len(table):
+                target[space] = table.padded(count)
+                if not _training:
+                    yields.add(space)
+            if count is not None and count != len(table):
+                self._say(space, table, count)
+        return replace(self.settings, target=target, yields=frozenset(yields), as_stock=True)
+
+    def _say(self, space: str, table: ClassTable, count: int) -> None:
+        names = ", ".join(self.datasets)
+        build = f"To build it for them, type --set {target_key(space)} {self.datasets[0]}"
+        if count > len(table):
+            logger.warning(
+                "%s has %d %s classes and the script's model %d, which stays: rows %d to %d have no name. %s.",
+                names, len(table), space, count, len(table), count - 1, build,
+            )  # fmt: skip
+        elif _training:
+            logger.warning(
+                "%s has %d %s classes and the script's model %d, which stays: no row for a label from %d on. %s.",
+                names, len(table), space, count, count, build,
+            )  # fmt: skip
+        else:
+            logger.info(
+                "%s has %d %s classes and the script's model %d, which stays: which they are, the checkpoint says. %s.",
+                names, len(table), space, count, build,
+            )  # fmt: skip
+
+
+def read_classes(cfg: CfgNode) -> tuple[CfgNode, ScriptClasses]:
+    """Read what a script's config says of its classes.
+
+    Returns:
+        What the model is built from, the script's config where nothing of it changes, else a changed copy; and the
+        classes.
+
+    Raises:
+        HeadAdaptError: a key of this package that cannot be used.
+    """
+    register_datasets(cfg.DATASETS.get("REGISTER", []))
+    own = cfg.clone()
+    own.defrost()
+    names = own.DATASETS.TRAIN
+    own.DATASETS.TRAIN = (names,) if isinstance(names, str) else tuple(names)
+    tasks = has_tasks(own)
+    if tasks:
+        check_tasks(own)
+        settle_tasks(own)
+    bare = own.clone()
+    bare.DATASETS.TRAIN = ()
+    if not tasks:
+        bare.MODEL.TASKS = CfgNode()
+    settings = AdaptSettings.from_config(bare)
+    told = frozenset(settings.target)
+    if tasks:
+        settings = replace(settings, target={**settings.target, **{spec.name: spec.table for spec in task_specs(own)}})
+    trained = {
+        space: table
+        for space in KEY_SUFFIXES
+        if space not in settings.target and (table := _table_of(own.DATASETS.TRAIN, space)) is not None
+    }
+    if _names_us(own):
+        settings = replace(settings, target={**trained, **settings.target})
+        trained = {}
+    lines = apply_num_classes(own, settings.target)
+    for line in lines:
+        logger.info(line)
+    classes = ScriptClasses(settings, told, trained, own.DATASETS.TRAIN, _counts(own))
+    changed = _keep_count(own, classes)
+    if not (lines or tasks or changed):
+        return cfg, classes
+    if cfg.is_frozen():
+        own.freeze()
+    return own, classes
+
+
+def has_tasks(cfg: CfgNode) -> bool:
+    """Whether ``MODEL.TASKS`` holds tasks of this package; a script may have a key of that name for something else."""
+    tasks = cfg.MODEL.get("TASKS")
+    return isinstance(tasks, CfgNode) and any(
+        isinstance(node, Mapping) and (not node or not DEFAULTS.keys().isdisjoint(node)) for node in tasks.values()
+    )
+
+
+def adopt_training() -> None:
+    """Note what a ``DefaultTrainer`` of this process builds."""
+    stock = DefaultTrainer.__init__
+
+    @functools.wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _noted(type(self).__name__):
+            stock(self, *args, **kwargs)
+
+    DefaultTrainer.__init__ = init  # type: ignore[method-assign]
+
+
+@contextmanager
+def _noted(name: str) -> Iterator[None]:
+    _training.append(name)
+    try:
+        yield
+    finally:
+        _training.pop()
+
+
+def _table_of(names: tuple[str, ...], space: str) -> ClassTable | None:
+    """The classes of training sets; unknown, with a warning, where this package cannot use what detectron2 can."""
+    if not _training and any(name in DatasetCatalog and not _tells(name) for name in names):
+        return None  # Only loading would tell, and nobody may ever load it.
+    try:
+        return training_table(names, space, required=False)
+    except HeadAdaptError as exc:
+        logger.warning("The classes of DATASETS.TRAIN are taken as unknown: %s", exc)
+        return None
+
+
+def _tells(name: str) -> bool:
+    metadata = MetadataCatalog.get(name).as_dict()
+    is_coco = metadata.get("evaluator_type") == "coco" and metadata.get("json_file") is not None
+    return is_coco or any(metadata.get(key) for key in SPACE_METADATA.values())
+
+
+def _names_us(cfg: CfgNode) -> bool:
+    """Whether the config itself names heads or a predictor of this package, whose counts come from their table."""
+    return _is_ours(cfg.MODEL.ROI_HEADS.NAME) or cfg.MODEL.HEAD_ADAPT.PREDICTOR != "HeadAdaptOutputLayers"
+
+
+def _is_ours(name: str) -> bool:
+    found = dict(iter(ROI_HEADS_REGISTRY)).get(name)
+    return isinstance(found, type) and issubclass(found, KnowsItsClasses)
+
+
+def _keep_count(own: CfgNode, classes: ScriptClasses) -> bool:
+    """Let heads of this package in place of stock's (``--heads``) have the script's number of classes too."""
+    table, count = classes.trained.get("thing"), classes.counts.get("thing")
+    name = own.MODEL.ROI_HEADS.NAME
+    found = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
+    ours = isinstance(found, type) and issubclass(found, KnowsItsClasses)
+    if not ours or count is None or "thing" in classes.settings.target or (table is not None and count == len(table)):
+        return False
+    if table is not None and count > len(table):
+        own.MODEL.HEAD_ADAPT.TARGET_CLASSES = list(table.padded(count).names)
+    elif not own.MODEL.ROI_BOX_HEAD.get("USE_FED_LOSS"):  # Whose weights are those of the training set.
+        own.DATASETS.TRAIN = ()
+    return True
+
+
+def _counts(cfg: CfgNode) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ()):
+        node: Any = cfg
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, CfgNode) else None
+        if isinstance(node, int):
+            found.setdefault(space, node)
+    return found
