@@ -80,7 +80,9 @@ def test_a_table_for_a_space_that_the_model_lacks_is_one_line() -> None:
     source = {"thing": ClassTable(names(20)), "stuff": ClassTable(names(4))}
     with logged("d2_headadapt") as said:
         plan = planned("f.pth", AdaptSettings(target={"thing": THREE}, source=source))
-    assert texts(said) == "MODEL.HEAD_ADAPT.SOURCE_CLASSES_STUFF is set, but the model has no stuff head."
+    unused = "MODEL.HEAD_ADAPT.SOURCE_CLASSES_STUFF is set and not used: the model has no stuff head."
+    assert texts(said) == f"{unused} It reads MODEL.HEAD_ADAPT.SOURCE_CLASSES."
+    assert [record.levelname for record in said] == ["WARNING"]
     assert not plan.refused
 
 

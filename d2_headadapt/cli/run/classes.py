@@ -115,7 +115,7 @@ def read_classes(cfg: CfgNode) -> tuple[CfgNode, ScriptClasses]:
     bare = own.clone()
     bare.DATASETS.TRAIN = ()
     if not tasks:
-        bare.MODEL.TASKS = CfgNode()
+        bare.MODEL.pop("TASKS", None)
     settings = AdaptSettings.from_config(bare)
     told = frozenset(settings.target)
     if tasks:

@@ -129,12 +129,12 @@ def _difference(value: Any, default: Any) -> Any:
     """What of ``value`` is not ``default``; ``None`` where nothing is."""
     if not isinstance(value, CfgNode) or not isinstance(default, CfgNode):
         return None if value == default else value
-    left = CfgNode()
+    left: dict[str, Any] = {}
     for key, one in value.items():
         other = _difference(one, default[key]) if key in default else one
         if other is not None:
             left[key] = other
-    return left if left else None
+    return CfgNode(left) if left else None
 
 
 def _adopt_lazy() -> None:
