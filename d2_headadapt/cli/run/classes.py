@@ -9,31 +9,42 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import ROI_HEADS_REGISTRY
+from omegaconf import DictConfig
 from torch import nn
 
 from ...adapt.classes import KEY_SUFFIXES, ClassTable
 from ...adapt.planner import target_key
 from ...adapt.registry import layouts_of
 from ...checkpoint.load import say_other_spaces
-from ...config.settings import NUM_CLASSES_KEYS, AdaptSettings, apply_num_classes
+from ...config.settings import NUM_CLASSES_KEYS, AdaptSettings, apply_num_classes, attach_settings
 from ...data.datasets import SPACE_METADATA, register_datasets, training_table
 from ...data.task_datasets import settle_tasks
 from ...data.task_spec import DEFAULTS, task_specs
 from ...engine.own_loop import class_counts
 from ...errors import HeadAdaptError
+from ...modeling.classifier import MultiTaskClassifier
+from ...modeling.predictor import HeadAdaptOutputLayers
 from ...modeling.roi_heads import KnowsItsClasses
+from ...setup.lazy import prepare
+from ...setup.lazy.loading import NODE, make_absolute
+from ...setup.lazy.mirror import mirror_of
+from ...setup.lazy.tree import calls, target_of
 from ...setup.task_checks import check_tasks
 
 logger = logging.getLogger(__name__)
+OURS = (KnowsItsClasses, HeadAdaptOutputLayers, MultiTaskClassifier)
+"""Who names one of these asks for models of this package."""
 _training: list[str] = []
 """Trainers that are being built: what builds a model inside will train it."""
 
@@ -120,11 +131,7 @@ def read_classes(cfg: CfgNode) -> tuple[CfgNode, ScriptClasses]:
     told = frozenset(settings.target)
     if tasks:
         settings = replace(settings, target={**settings.target, **{spec.name: spec.table for spec in task_specs(own)}})
-    trained = {
-        space: table
-        for space in KEY_SUFFIXES
-        if space not in settings.target and (table := _table_of(own.DATASETS.TRAIN, space)) is not None
-    }
+    trained = _tables_of(own.DATASETS.TRAIN, told)
     if _names_us(own):
         settings = replace(settings, target={**trained, **settings.target})
         trained = {}
@@ -138,6 +145,29 @@ def read_classes(cfg: CfgNode) -> tuple[CfgNode, ScriptClasses]:
     if cfg.is_frozen():
         own.freeze()
     return own, classes
+
+
+def prepare_lazy(lazy: DictConfig) -> None:
+    """Let the models of a LazyConfig know their classes, in place; counts are written for a key's classes alone.
+
+    Raises:
+        HeadAdaptError: a key of this package that cannot be used.
+    """
+    make_absolute(lazy.get(NODE), os.getcwd())
+    mirror = mirror_of(lazy)
+    ours = any(isinstance(one := target_of(node), type) and issubclass(one, OURS) for _, node in calls(lazy.model))
+    if ours or mirror.MODEL.TASKS:
+        prepare(lazy, reads_labels=False, required=False)
+        return
+    register_datasets(mirror.DATASETS.REGISTER)
+    datasets = tuple(mirror.DATASETS.TRAIN)
+    mirror.DATASETS.TRAIN = ()
+    prepare(lazy, reads_labels=False, required=False, mirror=mirror, finish=partial(_finish, datasets=datasets))
+
+
+def _finish(model: nn.Module, settings: AdaptSettings, datasets: tuple[str, ...]) -> None:
+    told = frozenset(settings.target)
+    attach_settings(model, ScriptClasses(settings, told, _tables_of(datasets, told), datasets, {}).settle(model))
 
 
 def has_tasks(cfg: CfgNode) -> bool:
@@ -167,6 +197,11 @@ def _noted(name: str) -> Iterator[None]:
         yield
     finally:
         _training.pop()
+
+
+def _tables_of(names: tuple[str, ...], told: Collection[str]) -> dict[str, ClassTable]:
+    tables = {space: _table_of(names, space) for space in KEY_SUFFIXES if space not in told}
+    return {space: table for space, table in tables.items() if table is not None}
 
 
 def _table_of(names: tuple[str, ...], space: str) -> ClassTable | None:

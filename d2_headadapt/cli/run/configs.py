@@ -16,10 +16,10 @@ from ...config.keys import add_headadapt_config
 from ...data.datasets import absolute_entries, register_datasets
 from ...data.task_spec import complete_tasks
 from ...setup.components import add_component_keys, import_components
-from ...setup.lazy import is_lazy, prepare
+from ...setup.lazy import is_lazy
 from ...setup.lazy.loading import paths_of_each_file
 from ...setup.yaml import merge, settle_yaml
-from .classes import has_tasks
+from .classes import has_tasks, prepare_lazy
 
 _registered: list[Any] = []
 OUR_NODES = ("MODEL.HEAD_ADAPT", "MODEL.TASKS", "MODEL.CLASSIFIER", "MODEL.CONV_NET", "DATASETS.REGISTER")
@@ -157,7 +157,7 @@ def _adopt_lazy() -> None:
     def apply_overrides(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = stock_overrides(cfg, *args, **kwargs)
         if is_lazy(cfg):
-            prepare(cfg, reads_labels=False, required=False)
+            prepare_lazy(cfg)
         return cfg
 
     LazyConfig.load, LazyConfig.apply_overrides = staticmethod(load), staticmethod(apply_overrides)
