@@ -51,7 +51,8 @@ def builder_of(modules: Sequence[ModuleType]) -> Callable[[CfgNode], nn.Module]:
             found=f"several: of {', '.join(found)}",
             fix="Import only the module whose build_model makes the model.",
         )
-    return next(iter(found.values()), build_model)
+    build: Callable[[CfgNode], nn.Module] = next(iter(found.values()), build_model)
+    return build
 
 
 def _import_module(name: str) -> ModuleType:

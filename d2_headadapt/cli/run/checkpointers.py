@@ -41,7 +41,7 @@ def adopt_checkpointer(*, plan: bool = False) -> None:
         made: Checkpointer = object.__new__(kind)
         return made
 
-    Checkpointer.__new__ = staticmethod(new)  # type: ignore[assignment, method-assign]
+    Checkpointer.__new__ = staticmethod(new)
 
 
 def overridden(cls: type[Checkpointer]) -> list[str]:
@@ -56,7 +56,8 @@ def _class_in_place_of(cls: type[Checkpointer]) -> type[Checkpointer]:
     if issubclass(cls, HeadAdaptCheckpointer):
         return cls
     if issubclass(cls, DetectionCheckpointer) and not overridden(cls):
-        return _mixed(cls)
+        kind: Any = cls  # Classes are hashable; the one that made this one is detectron2's.
+        return _mixed(kind)
     if cls not in _told:
         _told.add(cls)
         _say_kept(cls)

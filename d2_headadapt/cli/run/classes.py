@@ -187,7 +187,7 @@ def adopt_training() -> None:
         with _noted(type(self).__name__):
             stock(self, *args, **kwargs)
 
-    DefaultTrainer.__init__ = init  # type: ignore[method-assign]
+    DefaultTrainer.__init__ = init
 
 
 @contextmanager

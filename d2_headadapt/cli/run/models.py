@@ -70,7 +70,7 @@ def adopt_models(*, heads: bool) -> None:
         # Projects have registries of their own under this name.
         return Architecture(found) if self._name == META_ARCH_REGISTRY._name else found
 
-    Registry.get = get  # type: ignore[method-assign]
+    Registry.get = get
     if heads:
         stock_heads = ROI_HEADS_REGISTRY.get
         ROI_HEADS_REGISTRY.get = lambda name: stock_heads(HEADS.get(name, name))

@@ -21,12 +21,12 @@ def adopt_planning() -> None:
     """Let the first load of any checkpointer, or a training without one, end the script."""
     for cls in (HeadAdaptCheckpointer, DetectionCheckpointer, Checkpointer):
         stop_at_load(cls)
-    TrainerBase.train = _refuse_training  # type: ignore[method-assign]
+    TrainerBase.train = _refuse_training
 
 
 def stop_at_load(cls: type[Checkpointer]) -> None:
     """Replace the ``load`` of a class by one that prints the plan and ends the script."""
-    cls.load = _print_plan  # type: ignore[assignment, method-assign]
+    cls.load = _print_plan
 
 
 def _print_plan(self: Any, path: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -57,7 +57,7 @@ def prepare(
     required: bool = True,
     mirror: CfgNode | None = None,
     known: Mapping[str, ClassTable] | None = None,
-    finish: Callable[[nn.Module, AdaptSettings], None] | None = None,
+    finish: Callable[..., None] | None = None,
 ) -> Prepared:
     """Register datasets, settle the class tables, and write class counts and device, in place.
 
@@ -71,7 +71,7 @@ def prepare(
         required: raise for a training set that is not registered, instead of leaving its classes unknown.
         mirror: of :func:`d2_headadapt.setup.lazy.mirror.mirror_of`, where it was changed.
         known: class tables of a checkpoint, for label spaces that the config leaves open.
-        finish: what is done with a model that was built, in place of checking its heads and attaching the settings.
+        finish: called with a model that was built and ``settings=``, in place of checking its heads and attaching them.
 
     Returns:
         Prepared: the config with its mirror and settings.
