@@ -57,7 +57,7 @@ def summary_line(plan: AdaptPlan) -> str:
         if count["dropped"]:
             words.append(f"{count['dropped']} dropped")
         if len(target.named) < len(target):
-            words.append(f"{len(target) - len(target.named)} rows have no name")
+            words.append(f"{_count(len(target) - len(target.named), 'row')} without a name")
         parts.append(", ".join(words))
     parts += [f"task {space} is not in the model" for space in removed_tasks(plan)]
     unverified = sum(not t.verified and t.action == "copied" for t in plan.tensors)

@@ -70,5 +70,5 @@ def test_a_head_that_starts_afresh_is_a_warning(both: dict[str, dict[str, Any]],
 
 def test_rows_without_a_name_are_said(both: dict[str, dict[str, Any]]) -> None:
     (text,) = [t for t in both["run"]["one class too many"]["warnings"] if "no name" in t]
-    assert text.startswith("five has 5 thing classes and the script's model 6, which stays: rows 5 to 5 have no name.")
+    assert text.startswith("five has 5 thing classes and the script's model 6, which stays: row 5 has no name.")
     assert "type --set MODEL.HEAD_ADAPT.TARGET_CLASSES five" in text

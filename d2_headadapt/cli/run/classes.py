@@ -88,9 +88,11 @@ class ScriptClasses:
         names = ", ".join(self.datasets)
         build = f"To build it for them, type --set {target_key(space)} {self.datasets[0]}"
         if count > len(table):
+            last = count - 1
+            rows = f"row {last} has" if last == len(table) else f"rows {len(table)} to {last} have"
             logger.warning(
-                "%s has %d %s classes and the script's model %d, which stays: rows %d to %d have no name. %s.",
-                names, len(table), space, count, len(table), count - 1, build,
+                "%s has %d %s classes and the script's model %d, which stays: %s no name. %s.",
+                names, len(table), space, count, rows, build,
             )  # fmt: skip
         elif _training:
             logger.warning(

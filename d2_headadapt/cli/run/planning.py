@@ -43,7 +43,7 @@ def _print_plan(self: Any, path: str, *args: Any, **kwargs: Any) -> NoReturn:
     made = plan_file(path, self.model, settings, own=own)
     if comm.is_main_process():
         print(f"Plan of {path} for the {type(self.model).__name__} that the script built:\n{plan_table(made)}")
-    refuse_plan(made, settings.min_coverage, path)
+    refuse_plan(made, settings.min_coverage, path, as_stock=settings.as_stock)
     sys.stdout.flush()
     raise SystemExit(0)
 
