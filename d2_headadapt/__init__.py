@@ -1,4 +1,4 @@
-"""d2_headadapt: keep every weight that still means something when a detectron2 model gets another class list.
+"""Fine-tune a detectron2 checkpoint on another class list: weights move to the right row by class name.
 
 Names are imported when they are first asked for, so that ``import d2_headadapt`` costs next to nothing; the components
 that configs name are registered with detectron2 all the same (:mod:`d2_headadapt.deferred`).

@@ -147,7 +147,7 @@ class Finding:
         return f"{self.severity} {self.code}: {self.error}"
 
     def to_json(self) -> dict[str, str]:
-        """Plain types: ``code``, ``severity``, ``where``, ``found``, ``expected`` and ``fix``."""
+        """Write plain types: ``code``, ``severity``, ``where``, ``found``, ``expected`` and ``fix``."""
         fields = ("code", "severity", "where", "found", "expected", "fix")
         return {name: getattr(self, name) for name in fields}
 

@@ -32,7 +32,7 @@ def normalise(name: str) -> str:
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """Up to ``count`` of ``names`` that look like ``name``, best first; for error messages."""
+    """Find up to ``count`` of ``names`` that look like ``name``, best first; for error messages."""
     by_norm: dict[str, str] = {}
     for candidate in names:
         by_norm.setdefault(normalise(candidate), candidate)
@@ -41,7 +41,7 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A sentence for the end of an error message, or an empty string where nothing is near."""
+    """Make a sentence for the end of an error message, or an empty string where nothing is near."""
     found = nearest(name, names)
     return f" Nearest: {', '.join(repr(f) for f in found)}." if found else ""
 
@@ -89,12 +89,12 @@ class ClassTable:
 
     @cached_property
     def index(self) -> Mapping[str, int]:
-        """Exact name -> class index."""
+        """Class index by exact name."""
         return {name: i for i, name in enumerate(self.names)}
 
     @cached_property
     def normalised_index(self) -> Mapping[str, int]:
-        """Normalised name -> class index; unique, because the constructor refuses collisions."""
+        """Class index by normalised name; unique, because the constructor refuses collisions."""
         return {normalise(name): i for i, name in enumerate(self.names)}
 
     def find(self, name: str) -> int | None:
@@ -104,7 +104,7 @@ class ClassTable:
 
 
 def shorten(names: Sequence[str], most: int = 6) -> str:
-    """``names`` as one short line: the first few and how many more there are."""
+    """Put ``names`` into one short line: the first few and how many more there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown}, ... ({len(names) - most} more)"
 
@@ -140,7 +140,7 @@ def _check_names(names: tuple[str, ...], origin: str) -> None:
 
 @dataclass(frozen=True)
 class ClassMap:
-    """For each target class, the source class whose weights it takes, or ``None``.
+    """A map from each target class to the source class whose weights it takes, or ``None``.
 
     Args:
         source: the table that the weights were trained on.
@@ -186,10 +186,10 @@ class ClassMap:
 
     @property
     def is_identity(self) -> bool:
-        """Every class keeps its index, none is new and none is dropped; names may differ."""
+        """Whether every class keeps its index, none is new and none is dropped; names may differ."""
         return len(self.source) == len(self.target) and all(t == s for t, s in enumerate(self.rows))
 
     @property
     def is_same(self) -> bool:
-        """Both tables have the same names in the same order, and every class keeps its rows."""
+        """Whether both tables have the same names in the same order, and every class keeps its rows."""
         return self.is_identity and self.source.names == self.target.names

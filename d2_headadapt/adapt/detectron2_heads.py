@@ -28,13 +28,13 @@ def _thing_group(context: ModuleContext) -> str:
 
 
 def _pair(context: ModuleContext, child: str, space: str, group: str, **kinds: Any) -> Iterator[HeadLayout]:
-    """The same layout for a layer's weight and bias, where each exists."""
+    """Give a layer's weight and bias, where each exists, the same layout."""
     for leaf in ("weight", "bias"):
         yield HeadLayout(f"{context.name}.{child}.{leaf}".lstrip("."), space, group, **kinds)
 
 
 def _agnostic(module: nn.Module, rows: int, rows_per_class: int, num_classes: int) -> bool:
-    """One class and class-agnostic have the same shape: the flag our heads leave decides, else the shape does."""
+    """Tell one class from class-agnostic, which have the same shape: by our heads' flag, else by the shape."""
     declared = getattr(module, "cls_agnostic", None)
     if declared is not None:
         return bool(declared)
@@ -43,7 +43,7 @@ def _agnostic(module: nn.Module, rows: int, rows_per_class: int, num_classes: in
 
 @register_by_class_name("FastRCNNOutputLayers")
 def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/roi_heads/fast_rcnn.py``: K + 1 rows with background last, boxes class-major (4, or 5 rotated)."""
+    """Describe ``roi_heads/fast_rcnn.py``: K + 1 rows with background last, boxes class-major (4, or 5 rotated)."""
     group = _thing_group(context)
     part = "box_predictor"
     if isinstance(getattr(module, "cls_score", None), nn.Module):
@@ -60,7 +60,7 @@ def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
 
 @register_by_class_name("MaskRCNNConvUpsampleHead")
 def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
+    """Describe ``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
     owner = context.owner(*ROI_HEADS)
     num_classes = int(getattr(owner[1], "num_classes", 0)) if owner else module.predictor.out_channels
     agnostic = _agnostic(module, module.predictor.out_channels, 1, num_classes)
@@ -70,7 +70,7 @@ def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
 
 @register_by_class_name("RetinaNetHead")
 def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/meta_arch/retinanet.py`` and ``fcos.py``: row = anchor x K + class; boxes know no class."""
+    """Describe ``meta_arch/retinanet.py`` and ``fcos.py``: row = anchor x K + class; boxes are class-agnostic."""
     anchors = module.bbox_pred.out_channels // 4
     group = context.name or "thing"
     yield from _pair(context, "cls_score", "thing", group, part="head", groups=anchors)
@@ -79,7 +79,7 @@ def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
 
 @register_by_class_name("KRCNNConvDeconvUpsampleHead")
 def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/roi_heads/keypoint_head.py``: a transposed convolution, so output channels are axis 1."""
+    """Describe ``roi_heads/keypoint_head.py``: a transposed convolution, so output channels are axis 1."""
     weight, bias = _pair(context, "score_lowres", "keypoint", context.name or "keypoint", part="keypoint_head")
     yield HeadLayout(weight.tensor, weight.space, weight.group, weight.part, axes=((1, 0),))
     yield bias
@@ -87,7 +87,7 @@ def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
 
 @register_by_class_name("SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
 def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/meta_arch/semantic_seg.py`` and the DeepLab project: one channel per class, no background row."""
+    """Describe ``meta_arch/semantic_seg.py`` and DeepLab: one channel per class, no background row."""
     if isinstance(getattr(module, "predictor", None), nn.Module):
         owner = context.owner("PointRendSemSegHead")
         group = owner[0] if owner else context.name
@@ -96,7 +96,7 @@ def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
 
 @register_by_class_name("ConvFCHead")
 def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """PointRend ``mask_head.py``: the last linear layer is viewed as (K, side, side).
+    """Describe PointRend's ``mask_head.py``: the last linear layer is viewed as (K, side, side).
 
     Implicit PointRend predicts the weights and biases of a small network instead: its last layer's (K, channels)
     weights and K biases stand at the end of the weights and of the biases.
@@ -115,7 +115,7 @@ def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLay
 
 @register_by_class_name("StandardPointHead")
 def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """PointRend ``point_head.py``: the coarse prediction's K channels follow the features in every layer's input."""
+    """Describe PointRend's ``point_head.py``: K coarse channels follow the features in every layer's input."""
     semantic = context.owner("PointRendSemSegHead")
     if semantic is not None:
         space, group, part = "stuff", semantic[0] or "stuff", "sem_seg_head"

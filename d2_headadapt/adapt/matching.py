@@ -80,7 +80,7 @@ def match_classes(
 
 
 def parse_aliases(aliases: Sequence[str], target: ClassTable, source: ClassTable) -> dict[int, int]:
-    """``"target=source"`` strings as class indices, checked against both tables."""
+    """Read ``"target=source"`` strings as class indices, checked against both tables."""
     found: dict[int, int] = {}
     for alias in aliases:
         where = f"{HEAD_ADAPT.ALIASES}, {alias!r}"

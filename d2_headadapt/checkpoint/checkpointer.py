@@ -210,7 +210,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         )
 
     def _agree(self, error: HeadAdaptError | None) -> None:
-        """Once per load, whatever it meets: a rank that does not ask would leave the others waiting."""
+        """Ask all ranks once per load, whatever it meets: a rank that does not ask would leave the others waiting."""
         if not self._agreed:
             self._agreed = True
             agree(error, self._request.path)
@@ -244,7 +244,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 module.class_table = plan.target["thing"]
 
     def _say(self, plan: AdaptPlan, unused: tuple[UnusedKey, ...]) -> None:
-        """What will happen, before anything does."""
+        """Log what will happen, before anything does."""
         if not self._told:
             self.logger.info("No class tables are attached to the model: heads are loaded as stock detectron2 does.")
         say_unused(unused)
@@ -263,7 +263,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 self.logger.warning("The plan was not stored: %s", exc)
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
-        """The plan's table has said it already."""
+        """Log nothing: the plan's table has said it already."""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth`` whole or not at all, with the class tables beside the model.
@@ -299,7 +299,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
 
     @contextmanager
     def fitted_rows(self) -> Iterator[None]:
-        """New rows that change inside count as fitted: ``untrained`` keeps the classes of which some row did not."""
+        """Count new rows that change inside as fitted; ``untrained`` keeps classes of which some row did not."""
         plan = self.plan if self.plan is not None else AdaptPlan(())
         new, state = self.rows_to_fit(), self.model.state_dict()
         before = {name: state[name].clone() for name in [*new, *projections(plan, new)] if name in state}

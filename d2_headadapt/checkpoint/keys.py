@@ -1,4 +1,4 @@
-"""Names of tensors: the model's name of each tensor of a file, and patterns that rename, take, leave out and freeze.
+"""Rename tensors of a file to the model's names; select them by patterns to take, leave out or freeze.
 
 Stock detectron2 settles names and drops tensors of another shape in one step, which leaves a head of another class
 count under the file's own name, where a plan would miss it. Here names are settled first, by names alone."""
@@ -98,7 +98,7 @@ def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
 
 
 def longest_suffix(name: str, candidates: Mapping[str, object]) -> str | None:
-    """The longest of ``candidates`` that ``name`` equals or ends with after a dot."""
+    """Find the longest of ``candidates`` that ``name`` equals or ends with after a dot."""
     start = 0
     while True:
         if name[start:] in candidates:
@@ -151,7 +151,7 @@ def rename(tensors: Mapping[str, T], rules: Sequence[str], key: Key = HEAD_ADAPT
 
 
 def matched(names: Iterable[str], patterns: Sequence[str], key: Key) -> set[str]:
-    """The ``names`` that any of the glob ``patterns`` matches.
+    """Pick the ``names`` that any of the glob ``patterns`` matches.
 
     Raises:
         ConfigError: a pattern that matches none, with the nearest names.
@@ -167,7 +167,7 @@ def matched(names: Iterable[str], patterns: Sequence[str], key: Key) -> set[str]
 
 
 def left_out(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Why]:
-    """The names that ``INCLUDE`` does not match or ``EXCLUDE`` does, with the cause."""
+    """List the names that ``INCLUDE`` does not match or ``EXCLUDE`` does, with the cause."""
     names = list(names)
     out: dict[str, Why] = {}
     if include:

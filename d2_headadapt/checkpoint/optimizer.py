@@ -1,4 +1,4 @@
-"""Optimizer state and averaged copies under another class list: the same row map as the weights, new rows zero.
+"""Adapt optimizer state and averaged copies to another class list: the weights' row map, new rows zero.
 
 A saved optimizer knows its parameters by number only, and the numbers move with FREEZE_AT, norm layers and tasks. So
 names come from the file's provenance, else from the live optimizer where sizes and shapes leave no doubt.
@@ -29,7 +29,7 @@ Names = Sequence[Sequence[str]]
 
 
 def find_state(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every dict of ``checkpoint`` that holds an ``optimizer`` state: flat, or inside detectron2's trainers."""
+    """Find every dict of ``checkpoint`` that holds an ``optimizer`` state: flat, or inside detectron2's trainers."""
     trainer = checkpoint.get("trainer")
     holders = [checkpoint, trainer, trainer.get("_trainer") if isinstance(trainer, Mapping) else None]
     return [h for h in holders if isinstance(h, dict) and isinstance(h.get("optimizer"), Mapping)
@@ -39,7 +39,7 @@ def find_state(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
 def adapt_state(
     state: Mapping[str, Any], stored: Names, live: torch.optim.Optimizer, live_names: Names, plan: AdaptPlan, path: str
 ) -> dict[str, Any]:
-    """The saved optimizer state for the live optimizer's parameters.
+    """Adapt the saved optimizer state to the live optimizer's parameters.
 
     Args:
         state: ``optimizer.state_dict()`` of the file.
@@ -83,7 +83,7 @@ def adapt_state(
 
 
 def group_origin(group: Sequence[str], stored: Names, position: int) -> int | None:
-    """The saved group that most of a live group's parameters were in; ``None`` where none of them was saved."""
+    """Find the saved group that most of a live group's parameters were in; ``None`` where none was saved."""
     known = [sum(name in set(names) for name in group) for names in stored]
     if not any(known):
         return None
@@ -127,7 +127,7 @@ def adapt_averages(checkpoint: dict[str, Any], plan: AdaptPlan, model: Mapping[s
 
 
 def reorder_scheduler(node: Any, origins: Sequence[int | None], base_lrs: Sequence[float]) -> Any:
-    """A copy of a saved scheduler (or of a trainer's state that holds one) whose lists follow the live groups.
+    """Copy a saved scheduler (or a trainer's state that holds one), its lists in the order of the live groups.
 
     Args:
         node: any plain tree.
@@ -275,7 +275,7 @@ _PLAIN = (int, float, str)
 
 
 def _misfits(own: Any, given: Any, place: str) -> Iterator[tuple[str, str, Any]]:
-    """Place, expected and found value wherever ``given`` is no state of an object whose state is ``own``."""
+    """Yield place, expected and found value wherever ``given`` is no state of an object whose state is ``own``."""
     if isinstance(own, Mapping):
         if not isinstance(given, Mapping):
             yield place, "a mapping", given
@@ -304,7 +304,7 @@ def _moment_misfits(state: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def find_optimizer(checkpointables: Mapping[str, Any]) -> torch.optim.Optimizer | None:
-    """The optimizer among what a checkpointer saves: its own entry, or a trainer's."""
+    """Find the optimizer among what a checkpointer saves: its own entry, or a trainer's."""
     for value in checkpointables.values():
         for candidate in (value, getattr(value, "optimizer", None)):
             if isinstance(candidate, torch.optim.Optimizer):

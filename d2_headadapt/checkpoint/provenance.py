@@ -1,4 +1,4 @@
-"""The class tables and layouts that a checkpoint was saved with: top-level key ``d2_headadapt`` beside ``model``.
+"""Provenance of a checkpoint: its class tables and layouts, under the key ``d2_headadapt`` beside ``model``.
 
 Plain types only, because a numpy scalar or a dataclass would make weights-only loading fail. Stock detectron2 passes
 unknown top-level keys through.
@@ -21,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a file says about itself.
+    """The class tables, layouts and other facts that a file says about itself.
 
     Args:
         tables: class tables by label space.
@@ -43,11 +43,11 @@ class Provenance:
 
     @property
     def says_classes(self) -> bool:
-        """The file says of itself what it predicts, or what went into it."""
+        """Whether the file says of itself what it predicts, or what went into it."""
         return bool(self.tables or self.layouts or self.applied)
 
     def to_plain(self) -> dict[str, Any]:
-        """The form that goes into a file."""
+        """Write the form that goes into a file."""
         extra = {key: value for key, value in self.extra.items() if key not in ("untrained", "applied", "assumed")}
         if self.untrained:
             extra["untrained"] = {space: list(names) for space, names in self.untrained.items()}
@@ -112,7 +112,7 @@ class Provenance:
 
 
 def optimizer_names(optimizer: Any, named: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Names of the parameters of each group, in the optimizer's own order, by identity.
+    """List the parameter names of each group, in the optimizer's own order, by identity.
 
     Args:
         optimizer: a torch optimizer.

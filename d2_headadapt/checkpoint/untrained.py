@@ -1,4 +1,4 @@
-"""Which rows nobody has trained: of a plan, of what a file says of itself, and of a model before and after a fit."""
+"""Untrained rows: of a plan, of what a file says of itself, and of a model before and after a fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPEN_ROWS = "untrained_rows"
 
 
 def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
-    """Classes of which some row is new, or came from rows that were never trained."""
+    """List classes of which some row is new, or came from rows that were never trained."""
     found = {space: set(names) for space, names in plan.new_classes().items()}
     for space, names in known.untrained.items():
         classes = plan.class_map(space)
@@ -27,7 +27,7 @@ def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str
 
 
 def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
-    """Names of the classes without a trained row, tensor by tensor, as far as the target classes are known."""
+    """List the classes without a trained row, tensor by tensor, as far as the target classes are known."""
     stored = known.extra.get(OPEN_ROWS)
     found: dict[str, tuple[str, ...]] = {}
     for t in plan.by_action("carried", "copied", "initialised"):
@@ -44,7 +44,7 @@ def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
 
 
 def projections(plan: AdaptPlan, tensors: Iterable[str]) -> list[str]:
-    """What leads from region features to the embeddings among ``tensors``, and is fitted in place of their rows."""
+    """Find the layers that lead from region features to embeddings; they are fitted in place of class rows."""
     groups = {layout.group for layout in plan.layouts if layout.given and layout.tensor in set(tensors)}
     return [layout.tensor for layout in plan.layouts if layout.group in groups and layout.agnostic]
 
@@ -55,7 +55,7 @@ def unchanged_classes(
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
 ) -> dict[str, tuple[str, ...]]:
-    """Names, tensor by tensor, of the classes whose rows are what they were.
+    """List, tensor by tensor, the classes whose rows are what they were.
 
     Args:
         plan: of the last load.

@@ -192,7 +192,7 @@ def _batches(m: re.Match[str], before: str) -> Answer:
 
 
 def _as_maps(values: int) -> str:
-    """Square feature maps with the channels of a ResNet's stages that have so many values."""
+    """List square feature maps with the channels of a ResNet's stages that have so many values."""
     found = [
         f"{channels} x {side} x {side}"
         for channels in (64, 128, 256, 512, 1024, 2048)

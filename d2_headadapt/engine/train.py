@@ -1,4 +1,4 @@
-"""Training and evaluation: detectron2's trainer, with the adaptive checkpointer and an evaluator for each dataset."""
+"""Train and evaluate: detectron2's trainer, with the adaptive checkpointer and an evaluator for each dataset."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Trainer(DefaultTrainer):
 
 
 def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: bool) -> None:
-    """One line where a run goes on from its own checkpoint and the config names another file."""
+    """Log where a run goes on from its own checkpoint and the config names another file."""
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
     if last and weights and weights != last:
         logger.info(
@@ -164,7 +164,7 @@ def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: 
 
 
 def say_what_is_left(done: int, wanted: int) -> None:
-    """One line where a run has done its iterations already."""
+    """Log where a run has done its iterations already."""
     if done >= wanted:
         logger.warning(
             "Nothing is left to train: %d of %d iterations are done. Set %s higher.", done, wanted, SOLVER.MAX_ITER

@@ -1,4 +1,4 @@
-"""What ``tools/lazyconfig_train_net.py`` runs: training and evaluation from a LazyConfig."""
+"""Train and evaluate from a LazyConfig: what ``tools/lazyconfig_train_net.py`` runs."""
 
 from __future__ import annotations
 
@@ -222,14 +222,14 @@ def train(recipe: LazyRecipe, resume: bool) -> None:
 
 
 class _PlanInRecord(HookBase):
-    """Puts what happened to the weights beside the curves."""
+    """A hook that puts what happened to the weights beside the curves."""
 
     def before_train(self) -> None:
         record_plan(self.trainer.checkpointer, self.trainer.storage, self.trainer.start_iter)
 
 
 def _hooks(recipe: LazyRecipe, model: nn.Module, checkpointer: HeadAdaptCheckpointer) -> list[HookBase | None]:
-    """Those of detectron2's lazyconfig_train_net.py, with what ``Trainer`` adds in front."""
+    """List the hooks of detectron2's lazyconfig_train_net.py, with what ``Trainer`` adds in front."""
     lazy, cfg, main_process = recipe.lazy, recipe.config, comm.is_main_process()
     found: list[HookBase | None] = [UntrainedHeads(task_specs(cfg))]
     if cfg.MODEL.HEAD_ADAPT.FIT.ENABLED:

@@ -1,4 +1,4 @@
-"""The fit inside a training loop: before the first iteration, and calm features afterwards."""
+"""Fit inside a training loop: new rows before the first iteration, lookahead afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class FitHook(HookBase):
-    """Fits new rows before iteration 1, then keeps the first iterations from undoing it.
+    """A hook that fits new rows before iteration 1, then keeps the first iterations from undoing it.
 
     Fitted rows are several times as large as rows that training has just begun with (norm 1.9 against 0.3 after 400
     iterations of stock's), and so are the gradients, and their noise, that reach the features. Left alone, AP falls for
@@ -125,7 +125,7 @@ class FitHook(HookBase):
             self._lookahead.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """Write what a continued run needs to stay calm; empty without a fit, as a stock checkpoint is."""
+        """Write what a continued run needs to go on with lookahead; empty without a fit, as in a stock checkpoint."""
         return {"solved": list(self._solved)} if self._solved else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Mask predictor rows: per-pixel logistic regression on the last feature map of the mask head.
+"""Fit mask predictor rows: per-pixel logistic regression on the last feature map of the mask head.
 
 S   side of the predicted mask
 C   channels under the predictor
@@ -26,7 +26,7 @@ REGIONS_PER_VIEW, PIXELS_PER_REGION = 32, 48
 
 
 def why_not(roi_heads: Any, writer: RowWriter, name: str) -> str | None:
-    """Why a mask head cannot be solved; ``None`` where it can."""
+    """Say why a mask head cannot be solved; ``None`` where it can."""
     predictor = getattr(roi_heads.mask_head, "predictor", None)
     if not isinstance(predictor, nn.Conv2d) or predictor.kernel_size != (1, 1):
         return "its predictor is not a 1x1 convolution"
@@ -39,7 +39,7 @@ def why_not(roi_heads: Any, writer: RowWriter, name: str) -> str | None:
 
 
 def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
-    """Pixels of regions on objects: the features under the predictor, and whether the pixel is the object's."""
+    """Collect pixels of regions on objects: the features under the predictor, and whether the pixel is the object's."""
     roi_heads = model.roi_heads
     width = roi_heads.mask_head.predictor.in_channels
     reservoir = Reservoir({}, room(settings.regions, width))

@@ -1,4 +1,4 @@
-"""The RPN's last layer, solved again toward the values it had.
+"""Solve the RPN's last layer again, toward the values it had.
 
 A   anchors per cell
 C   channels of the layer's input
@@ -30,7 +30,7 @@ CELLS_PER_VIEW = 512
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """What ``module`` is called with, in order, while the context is open."""
+    """Record what ``module`` is called with, in order, while the context is open."""
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     try:
@@ -40,7 +40,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def why_not(rpn: Any) -> str | None:
-    """Why this proposal generator cannot be solved; ``None`` where it can."""
+    """Say why this proposal generator cannot be solved; ``None`` where it can."""
     head = getattr(rpn, "rpn_head", None)
     layers = [getattr(head, name, None) for name in ("objectness_logits", "anchor_deltas")]
     if not all(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) for layer in layers):
@@ -51,7 +51,7 @@ def why_not(rpn: Any) -> str | None:
 
 
 def proposals_of(rpn: Any, view: View, limit: int) -> Boxes:
-    """The best proposals of a view, (at most limit, 4) pixels, as the model makes them at test time."""
+    """Compute the best proposals of a view, (at most limit, 4) pixels, as the model makes them at test time."""
     found, _ = rpn(_image_list(view), dict(view.features), None)
     boxes: Boxes = found[0].proposal_boxes[:limit]
     return boxes
@@ -63,7 +63,7 @@ def _image_list(view: View) -> ImageList:
 
 
 def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
-    """Share of objects that a proposal covers, averaged over overlaps of 0.5, 0.55 ... 0.95, over all processes."""
+    """Measure the share of objects that a proposal covers, mean over IoU 0.5, 0.55 ... 0.95, over all processes."""
     thresholds = torch.arange(0.5, 1.0, 0.05)
     hits = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
     for view in views:
@@ -77,7 +77,7 @@ def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
 
 
 def collect(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
-    """Cells of the RPN's feature maps with the labels that detectron2's own matcher gives their anchors."""
+    """Collect cells of the RPN's feature maps with the labels that detectron2's own matcher gives their anchors."""
     # Cells are narrow and 15 of them may share one row of features, so clutter may take as much again.
     half = max(1, settings.regions // 2)
     reservoir = Reservoir({OBJECT: half, CLUTTER: 2 * half}, 0)
@@ -126,7 +126,7 @@ def solve(
     deltas: tuple[torch.Tensor, torch.Tensor],
     settings: FitSettings,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor], dict[str, float]]:
-    """Objectness by logistic regression and deltas by ridge, both toward the old values.
+    """Solve objectness by logistic regression and deltas by ridge, both toward the old values.
 
     Args:
         sample: of :func:`collect`, with ``held``, the cells that choose the penalties.

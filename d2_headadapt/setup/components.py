@@ -1,4 +1,4 @@
-"""A user's own modules: imported once in every process, so that what they register is there."""
+"""Import a user's own modules, once in every process, so that what they register is there."""
 
 from __future__ import annotations
 

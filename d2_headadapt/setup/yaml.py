@@ -1,4 +1,4 @@
-"""From command line arguments to a frozen config: components, keys, datasets, classes and device settled, and said."""
+"""Read a yaml config and settle it: components, keys, datasets, classes, device. From command line to frozen config."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PathAwareCfgNode(CfgNode):
 
 
 def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
-    """What a yaml says in its own place: paths of ``DATASETS.REGISTER`` become absolute, a task's ``on`` a string.
+    """Settle what a yaml says in its own place: ``DATASETS.REGISTER`` paths absolute, a task's ``on`` a string.
 
     Args:
         loaded: its content, with that of its base files, which came through here first; changed in place.
@@ -62,7 +62,7 @@ def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
 
 
 def _refuse_duplicate_tasks(filename: str) -> None:
-    """PyYAML keeps the last of two equal keys without a word: the first task, or key of a task, would be gone."""
+    """Raise for two equal keys in a yaml's tasks: PyYAML keeps the last without a word."""
     with PathManager.open(filename, "r") as file:
         node = yaml.compose(file, Loader=yaml.SafeLoader)
     for name in ("MODEL", "TASKS"):
@@ -228,7 +228,7 @@ def settle_config(
 
 
 def settle_device(device: str) -> str:
-    """``device``, or ``cpu`` in place of a GPU on a machine without one, which is said."""
+    """Return ``device``, or ``cpu`` in place of a GPU on a machine without one, and log that."""
     try:
         torch.device(device)
     except RuntimeError as exc:
@@ -297,7 +297,7 @@ def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
 
 
 def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Every key of a config with its path."""
+    """Yield every key of a config with its path."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from all_keys(value, f"{prefix}{key}.")

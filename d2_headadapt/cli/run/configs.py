@@ -1,4 +1,4 @@
-"""The keys of this package in the configs that a script reads: yaml and LazyConfig."""
+"""Add this package's keys to the configs that a script reads: yaml and LazyConfig."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def adopt_configs(opts: Sequence[str], imports: Sequence[str], folder: str) -> N
 
 
 def registered_entries() -> list[Any]:
-    """What was registered here so far, for processes to come: a config that they are handed is not merged there."""
+    """List what was registered here so far, for new processes: a config handed to them is not merged there."""
     return list(_registered)
 
 

@@ -1,4 +1,4 @@
-"""Models that a script builds know their classes; several CPU processes share one."""
+"""Make models that a script builds know their classes, and let several CPU processes share one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Architecture:
         return isinstance(instance, self.stock)  # type: ignore[arg-type]
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A class of the script's own derives from the architecture itself."""
+        """Derive a script's own class from the architecture itself."""
         return (self.stock,)
 
 
@@ -68,7 +68,7 @@ def adopt_models(*, heads: bool) -> None:
 
 
 def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
-    """What the model is built from: the script's config where nothing of it changes, else a changed copy."""
+    """Return the config to build from: the script's where nothing of it changes, else a changed copy."""
     register_datasets(cfg.DATASETS.REGISTER)
     own = cfg.clone()
     own.defrost()
@@ -87,7 +87,7 @@ def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
 
 
 def _adopt_cpus() -> None:
-    """Scripts pass ``device_ids``, which ``DistributedDataParallel`` refuses for models on CPUs."""
+    """Drop ``device_ids``, which scripts pass and ``DistributedDataParallel`` refuses for models on CPUs."""
     stock = DistributedDataParallel.__init__
 
     @functools.wraps(stock)

@@ -1,4 +1,4 @@
-"""Checkpointers and ``DefaultTrainer`` of a script."""
+"""Replace the checkpointers and ``DefaultTrainer`` of a script."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _trainers: list[str] = []
 
 
 def adopt_checkpointer() -> None:
-    """Whoever makes a ``DetectionCheckpointer`` gets this package's; a subclass of the script's own stays."""
+    """Give whoever makes a ``DetectionCheckpointer`` this package's; a subclass of the script's own stays."""
     told: set[type] = set()
 
     def new(cls: type[DetectionCheckpointer], *args: Any, **kwargs: Any) -> DetectionCheckpointer:
@@ -50,7 +50,7 @@ def adopt_checkpointer() -> None:
 
 @functools.cache
 def _say_torchrun_alone() -> None:
-    """Once: processes that torchrun started and that never met each train a model of their own."""
+    """Warn once where processes of torchrun never met: each trains a model of its own."""
     several = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and not torch.distributed.is_initialized():
         logger.warning(
@@ -61,7 +61,7 @@ def _say_torchrun_alone() -> None:
 
 
 def adopt_trainer(*, fit: bool) -> None:
-    """A ``DefaultTrainer`` carries and watches the labels of ``MODEL.TASKS``, where there are any.
+    """Let ``DefaultTrainer`` carry and watch the labels of ``MODEL.TASKS``, where there are any.
 
     Args:
         fit: it also solves new rows before its first iteration.

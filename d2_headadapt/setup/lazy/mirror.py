@@ -1,4 +1,4 @@
-"""A LazyConfig as the yaml config that it amounts to, for everything in this package that reads keys.
+"""Mirror a LazyConfig as a yaml config, for everything in this package that reads keys.
 
 Only the keys that ``from_config`` methods, the doctor and the evaluators read are set; no model is built from it.
 """
@@ -30,7 +30,7 @@ BESIDE: Mapping[str, Key] = {"register": DATASETS.REGISTER, "tasks": TASKS}
 
 @speaking(Form.LAZY)
 def mirror_of(lazy: DictConfig) -> CfgNode:
-    """The yaml config that ``lazy`` amounts to; not frozen, and nothing in it is resolved.
+    """Make the yaml config that ``lazy`` amounts to; not frozen, and nothing in it is resolved.
 
     The keys of ``head_adapt`` are those that :mod:`d2_headadapt.config.keys` declares, in lower case.
 
@@ -70,7 +70,7 @@ def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
 
 
 def _has_head(heads: Any, kind: str) -> bool:
-    """Whether ROI heads have one of masks or keypoints: ``in_features`` of ``None`` switch it off."""
+    """Tell whether ROI heads have one of masks or keypoints: ``in_features`` of ``None`` switch it off."""
     if not isinstance(heads, DictConfig) or heads.get(f"{kind}_head") is None:
         return False
     return f"{kind}_in_features" not in heads or heads[f"{kind}_in_features"] is not None

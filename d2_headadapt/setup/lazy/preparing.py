@@ -1,4 +1,4 @@
-"""Settling a LazyConfig in place: datasets, classes and their counts, and what its nodes cannot say themselves."""
+"""Settle a LazyConfig in place: datasets, classes and their counts, and what its nodes cannot say themselves."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _finish(model: nn.Module, settings: AdaptSettings, paths: Sequence[str]) -> 
 
 
 def _predictors(model: DictConfig) -> list[tuple[DictConfig, DictConfig, bool]]:
-    """Each box predictor of ROI heads of this package: the heads, the predictor, and whether it is the last."""
+    """Yield each box predictor of ROI heads of this package: the heads, the predictor, whether it is the last."""
     found: list[tuple[DictConfig, DictConfig, bool]] = []
     for _, heads in calls(model):
         if not _is_kind(heads, KnowsItsClasses):
@@ -145,7 +145,7 @@ def _input_shape(node: DictConfig) -> ShapeSpec:
 def _given_to_heads(
     model: DictConfig, cfg: CfgNode, settings: AdaptSettings, specs: Sequence[TaskSpec]
 ) -> list[tuple[DictConfig, Any, dict[str, Any]]]:
-    """Nodes with the class that they are to call and what it is given beside the config's own arguments.
+    """List nodes with the class that they are to call and what it is given beside the config's own arguments.
 
     As in a yaml, ROI heads of this package get the predictor of ``head_adapt.predictor`` in place of stock's.
     """
@@ -188,7 +188,7 @@ def _predictor_class(name: str) -> Any:
 
 
 def _beyond_stock(target: Any, cfg: CfgNode, node: DictConfig, table: ClassTable | None) -> dict[str, Any]:
-    """What a predictor reads from its config beyond stock's keys: of text embeddings, the file and how to use it."""
+    """Read what a predictor takes beyond stock's keys: of text embeddings, the file and how to use it."""
     if "bundle" in node or "cfg" not in inspect.signature(target.from_config).parameters:
         return {}
     shape = _input_shape(node)
@@ -213,5 +213,5 @@ def _carry_labels(lazy: DictConfig, cfg: CfgNode, specs: Sequence[TaskSpec]) -> 
 
 
 def _labelled(*, config: CfgNode, specs: Sequence[TaskSpec], **_: Any) -> list[dict[str, Any]]:
-    """The training set as :func:`training_dicts` gives it; the node's own arguments are in the mirror."""
+    """Load the training set as :func:`training_dicts` does; the node's own arguments are in the mirror."""
     return training_dicts(config, specs)
