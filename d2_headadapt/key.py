@@ -177,7 +177,7 @@ class Key(Either):
         return Either(f"{self.yaml}: {shown(_flow(value), Form.YAML)}", self._lazy_setting(value))
 
     def is_on(self) -> Either:
-        """Say that a switch is on."""
+        """Write the key as a switch that is on."""
         return Either(f"{self.yaml} is True", SWITCHES[self.yaml][1])
 
     def _lazy_setting(self, value: object) -> str:

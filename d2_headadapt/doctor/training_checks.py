@@ -297,5 +297,5 @@ def _steps(cfg: CfgNode) -> list[float]:
 
 
 def _numbers(*values: Any) -> bool:
-    """Tell of each whether it is a number; HA109 has a finding for what is none."""
+    """Mark the values that are numbers; HA109 has a finding for what is none."""
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)

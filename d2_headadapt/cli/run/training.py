@@ -114,7 +114,7 @@ def _with_tasks(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
 
 def say_unfitted() -> None:
-    """Say that ``--fit`` found nothing to hook into, in a process whose script has done its work."""
+    """Warn where ``--fit`` found nothing to hook into, in a process whose script has done its work."""
     if not _trainers:
         logger.warning(
             "--fit: no new row was solved, because the script trains without detectron2's DefaultTrainer, or with a "
