@@ -39,7 +39,7 @@ from .optimizer import find_optimizer
 from .provenance import KEY, Provenance, optimizer_names
 from .ranks import agree, compare, everywhere, readable_everywhere, share_new_rows
 from .source_keys import UnusedKey, applied_keys
-from .untrained import OPEN_ROWS, open_rows, projections, unchanged_classes, untrained_classes
+from .untrained import UNTRAINED_ROWS, projections, unchanged_classes, untrained_classes, untrained_rows
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "head_adapt_plan.json"
@@ -99,7 +99,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self._told = found is not None
         self.plan: AdaptPlan | None = None
         self.untrained: dict[str, tuple[str, ...]] = {}
-        self._open: dict[str, tuple[str, ...]] = {}
+        self._untrained_rows: dict[str, tuple[str, ...]] = {}
         self._known = Provenance()
         self._assumed: tuple[str, ...] = ()
         self._request = LoadRequest("", self.settings)
@@ -197,12 +197,12 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         plan, known = prepared.plan, prepared.known
         self._write_plan(plan)
         # Asked before the model is written to, because asking may fail.
-        untrained, still_open = untrained_classes(plan, known), open_rows(plan, known)
+        untrained, rows = untrained_classes(plan, known), untrained_rows(plan, known)
         self.model.load_state_dict(prepared.state)
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._request.path)
         self._remember(plan, known)
-        self.untrained, self._open = untrained, still_open
+        self.untrained, self._untrained_rows = untrained, rows
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
             unexpected_keys=[t.name for t in plan.by_action("dropped")],
@@ -279,7 +279,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             data[key] = value.state_dict()
         data.update(kwargs)
         if "iteration" in kwargs:
-            self.untrained, self._open, self._assumed = {}, {}, ()
+            self.untrained, self._untrained_rows, self._assumed = {}, {}, ()
         data[KEY] = self.provenance().to_plain()
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -305,8 +305,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         before = {name: state[name].clone() for name in [*new, *projections(plan, new)] if name in state}
         yield
         left = unchanged_classes(plan, new, before, self.model.state_dict())
-        self._open = {name: names for name, names in left.items() if names}
-        waiting = {(plan.space_of(name), entry) for name, names in self._open.items() for entry in names}
+        self._untrained_rows = {name: names for name, names in left.items() if names}
+        waiting = {(plan.space_of(name), entry) for name, names in self._untrained_rows.items() for entry in names}
         both = {space: tuple(n for n in names if (space, n) in waiting) for space, names in self.untrained.items()}
         self.untrained = {space: names for space, names in both.items() if names}
 
@@ -318,7 +318,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         plan = self.plan if self.plan is not None else AdaptPlan(())
         return {
             name: tuple(sorted(plan.target[plan.space_of(name)].names.index(entry) for entry in names))
-            for name, names in self._open.items()
+            for name, names in self._untrained_rows.items()
         }
 
     def provenance(self) -> Provenance:
@@ -334,8 +334,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         }
         optimizer = find_optimizer(self.checkpointables)
         names = optimizer_names(optimizer, dict(self.model.named_parameters())) if optimizer is not None else ()
-        rows = {name: list(classes) for name, classes in self._open.items()}
-        extra: dict[str, Any] = {OPEN_ROWS: rows} if rows else {}
+        rows = {name: list(classes) for name, classes in self._untrained_rows.items()}
+        extra: dict[str, Any] = {UNTRAINED_ROWS: rows} if rows else {}
         facts = text_facts(self.model)
         if facts:
             extra[FACTS] = facts

@@ -185,7 +185,7 @@ def _unsure(path: str, expected: str, found: str) -> ResumeError:
         f"optimizer state of {path}",
         expected=expected,
         found=found,
-        fix="Its moments cannot be told apart: start a new run from this file without --resume.",
+        fix="Its optimizer state cannot be told apart: start a new run from this file without --resume.",
     )
 
 
@@ -215,7 +215,7 @@ def adapt_resume(
         path: the file, for messages.
 
     Raises:
-        ResumeError: the classes changed and ``mode`` is ``"refuse"``, or moments cannot be told apart.
+        ResumeError: the classes changed and ``mode`` is ``"refuse"``, or the optimizer state cannot be told apart.
     """
     changed = plan.changed()
     if changed and mode == "refuse":
@@ -223,7 +223,7 @@ def adapt_resume(
             path,
             expected="the tensors of the run that is resumed",
             found=f"{len(changed)} that changed, {changed[0].name} first ({summary_line(plan)})",
-            fix=f"Set {HEAD_ADAPT.RESUME.set('adapt')} to go on: carried rows keep their optimizer moments, new rows "
+            fix=f"Set {HEAD_ADAPT.RESUME.set('adapt')} to go on: carried rows keep their optimizer state, new rows "
             f"start at zero. Or start a new run without --resume in another {OUTPUT_DIR}.",
         )
     live = find_optimizer(checkpointables)
@@ -242,7 +242,7 @@ def adapt_resume(
         for key in ("trainer", "scheduler"):
             if key in checkpoint:
                 checkpoint[key] = reorder_scheduler(checkpoint[key], origins, rates)
-    logger.info("Optimizer moments of %s went through the same plan as the weights; new rows start at zero.", path)
+    logger.info("Optimizer state of %s went through the same plan as the weights; new rows start at zero.", path)
 
 
 def refuse_other_types(entries: Mapping[str, Any], checkpointables: Mapping[str, Any], path: str) -> None:

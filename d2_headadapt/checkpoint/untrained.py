@@ -9,7 +9,7 @@ import torch
 from ..adapt.plan import AdaptPlan
 from .provenance import Provenance
 
-OPEN_ROWS = "untrained_rows"
+UNTRAINED_ROWS = "untrained_rows"
 """Key of provenance's ``extra``: names of the classes without a trained row, by tensor."""
 
 
@@ -26,9 +26,9 @@ def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str
     return {space: tuple(sorted(names)) for space, names in found.items() if names}
 
 
-def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
+def untrained_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
     """List the classes without a trained row, tensor by tensor, as far as the target classes are known."""
-    stored = known.extra.get(OPEN_ROWS)
+    stored = known.extra.get(UNTRAINED_ROWS)
     found: dict[str, tuple[str, ...]] = {}
     for t in plan.by_action("carried", "copied", "initialised"):
         table, classes = plan.target.get(t.space or ""), plan.class_map(t.space or "")

@@ -24,7 +24,7 @@ from ..data.task_datasets import settle_tasks
 from ..errors import DatasetError, HeadAdaptError
 from ..key import MODEL, Form, form_of
 from ..setup.components import add_component_keys, import_components
-from ..setup.lazy.loading import load, unresolved
+from ..setup.lazy.loading import load_lazy_config, unresolved
 from ..setup.lazy.mirror import mirror_of
 from ..setup.recipe import LazyRecipe, Recipe, resolved_recipe
 from ..setup.yaml import load_config
@@ -172,7 +172,7 @@ class DoctorContext:
             return self.ready
         if form_of(self.config_file) is not Form.LAZY:
             return load_config(self.config_file, self.opts, self.imports)
-        self.lazy = load(self.config_file, self.opts, self.imports)
+        self.lazy = load_lazy_config(self.config_file, self.opts, self.imports)
         return mirror_of(self.lazy)
 
     def _defaults(self) -> CfgNode:

@@ -30,7 +30,7 @@ _PIXELS = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, to
 _INDICES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def class_counts(model: nn.Module) -> dict[str, int]:
+def count_classes(model: nn.Module) -> dict[str, int]:
     """Count the classes of each label space that a model has a head for."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if torch.is_tensor(value)}
     found: dict[str, int] = {}
@@ -57,7 +57,7 @@ class MappedCheck:
     def of(cls, model: nn.Module) -> MappedCheck:
         """Make the check for the images of a model."""
         mean = getattr(model, "pixel_mean", None)
-        return cls(len(mean) if torch.is_tensor(mean) and mean.dim() else None, class_counts(model).get("thing"))
+        return cls(len(mean) if torch.is_tensor(mean) and mean.dim() else None, count_classes(model).get("thing"))
 
     def __call__(self, mapped: Mapping[str, Any], where: str) -> None:
         """Look at one image's dict.
@@ -263,7 +263,7 @@ def adapt_state_dict(
     """
     inner = _unwrapped(model)
     if isinstance(target, Mapping):
-        _check_spaces("target", target, class_counts(inner))
+        _check_spaces("target", target, count_classes(inner))
     settings = settings_of(inner) if target is None and source is None and not more else None
     checkpointer = HeadAdaptCheckpointer(inner, settings=settings or AdaptSettings.of(target, source, **more))
     if isinstance(weights, (str, os.PathLike)):
@@ -387,7 +387,7 @@ def _rows(new: Any, model: nn.Module) -> Mapping[str, Sequence[int]]:
     elif isinstance(new, AdaptPlan):
         return {t.name: t.new for t in new.by_action("carried", "initialised") if t.new}
     elif isinstance(new, Mapping) and all(_are_indices(rows) for rows in new.values()):
-        _check_rows(new, class_counts(model))
+        _check_rows(new, count_classes(model))
         return new
     else:
         found = repr(new)

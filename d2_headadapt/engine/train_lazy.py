@@ -29,10 +29,10 @@ from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
 from ..errors import ConfigError, UsageError
 from ..fit.hook import FitHook
-from ..fit.lookahead import CalmSettings
+from ..fit.lookahead import LookaheadSettings
 from ..fit.settings import FitSettings
 from ..key import DATASETS, Form, form_of
-from ..setup.lazy.loading import in_words_of, load
+from ..setup.lazy.loading import in_words_of, load_lazy_config
 from ..setup.lazy.preparing import prepare
 from ..setup.lazy.tree import built, names_in, select, target_of
 from ..setup.recipe import LazyRecipe
@@ -71,7 +71,7 @@ def setup(args: argparse.Namespace) -> LazyRecipe:
             found=repr(args.config_file),
             fix="For a yaml, use tools/train_net.py.",
         )
-    lazy = load(args.config_file, args.opts, args.imports)
+    lazy = load_lazy_config(args.config_file, args.opts, args.imports)
     _complete(lazy)
     _check_evaluation(lazy)
     # What is settled is said, and before the config is dumped.
@@ -233,9 +233,9 @@ def _hooks(recipe: LazyRecipe, model: nn.Module, checkpointer: HeadAdaptCheckpoi
     lazy, cfg, main_process = recipe.lazy, recipe.config, comm.is_main_process()
     found: list[HookBase | None] = [UntrainedHeads(task_specs(cfg))]
     if cfg.MODEL.HEAD_ADAPT.FIT.ENABLED:
-        fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
+        fit, lookahead = FitSettings.from_config(cfg), LookaheadSettings.from_config(cfg)
         rows = checkpointer.rows_to_fit
-        found.append(FitHook(recipe.training_dicts, recipe.mapper_at_test_size(), rows, fit, calm))
+        found.append(FitHook(recipe.training_dicts, recipe.mapper_at_test_size(), rows, fit, lookahead))
     found += [hooks.IterationTimer(), hooks.LRScheduler(scheduler=built(lazy.lr_multiplier, "lr_multiplier"))]
     if main_process:
         found.append(hooks.PeriodicCheckpointer(checkpointer, **lazy.train.checkpointer))

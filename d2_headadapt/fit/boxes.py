@@ -101,7 +101,7 @@ def region_boxes(rpn: Any, roi_heads: Any, stages: Sequence[Stage], stage: Stage
     return boxes
 
 
-def collect(
+def collect_regions(
     model: Any, stages: Sequence[Stage], stage: Stage, views: Iterator[View], num_classes: int, settings: FitSettings
 ) -> Reservoir:
     """Collect regions with their best object, its class, the overlap and the box deltas toward it."""
@@ -163,7 +163,7 @@ def fit_boxes(
             reports.append(PartReport(stage.name, "kept", problem))
             continue
         title = f"box head, stage {stage.number + 1} of {len(stages)}" if len(stages) > 1 else "box head"
-        sample = gathered(collect(model, stages, stage, stream.views(title), num_classes, settings))
+        sample = gathered(collect_regions(model, stages, stage, stream.views(title), num_classes, settings))
         device = stage.predictor.bbox_pred.weight.device
         low, high = (overlap + stage.threshold - 0.5 for overlap in settings.soft_iou)
 

@@ -40,7 +40,7 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+def collect_cells(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
     """Collect cells with the windows that ``cls_score`` and ``bbox_pred`` see, and the labels of their anchors."""
     width = sum(layer.weight[0].numel() for layer in (model.head.cls_score, model.head.bbox_pred))
     half = max(1, room(settings.regions, width) // 2)
@@ -110,7 +110,7 @@ def fit_dense(
     problem = why_not(model) if "dense" in settings.parts else "FIT.PARTS leaves it out"
     if problem is not None:
         return PartReport(name, "kept", problem), writer.new(classifier)
-    sample = gathered(collect(model, stream.views("dense head"), settings))
+    sample = gathered(collect_cells(model, stream.views("dense head"), settings))
     device = model.head.cls_score.weight.device
 
     def work() -> tuple[list[Solution], PartReport, tuple[int, ...]]:
@@ -207,7 +207,7 @@ def _solve_boxes(
 ) -> tuple[list[Solution], dict[str, float]]:
     """Solve the class-agnostic box regressor toward its old values, only where no class is carried."""
     tensor = f"{name}.bbox_pred"
-    if len(writer.open_rows(f"{tensor}.weight")) == 0:
+    if len(writer.writable_rows(f"{tensor}.weight")) == 0:
         return [], {}
     weight, bias = writer.value(f"{tensor}.weight"), writer.value(f"{tensor}.bias")
     frame = Frame.of(sample["box_x"])

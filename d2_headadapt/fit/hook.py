@@ -17,7 +17,7 @@ from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
 from .fit import fit_new_rows
 from .images import FeatureCache
-from .lookahead import EVERY, CalmSettings, Lookahead, forget_momentum
+from .lookahead import EVERY, Lookahead, LookaheadSettings, forget_momentum
 from .settings import FitReport, FitSettings
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,10 @@ class FitHook(HookBase):
         mapper: Mapper,
         new: Callable[[], Mapping[str, Sequence[int]]],
         settings: FitSettings,
-        calm: CalmSettings | None = None,
+        calm: LookaheadSettings | None = None,
     ) -> None:
         self._dataset, self._mapper, self._new = dataset, mapper, new
-        self._settings, self._calm = settings, calm or CalmSettings()
+        self._settings, self._calm = settings, calm or LookaheadSettings()
         self._solved: tuple[str, ...] = ()
         self._lookahead: Lookahead | None = None
         self._fitted: dict[str, Sequence[int]] = {}
@@ -69,7 +69,7 @@ class FitHook(HookBase):
             cfg: with the keys under ``MODEL.HEAD_ADAPT.FIT``.
             new: gives the new classes, as :meth:`HeadAdaptCheckpointer.rows_to_fit`.
         """
-        fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
+        fit, calm = FitSettings.from_config(cfg), LookaheadSettings.from_config(cfg)
         return cls(partial(every_training_dict, cfg), mapper_at_test_size(cfg), new, fit, calm)
 
     def before_train(self) -> None:

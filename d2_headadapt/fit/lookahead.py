@@ -18,7 +18,7 @@ EVERY, SHARE = 5, 0.5
 
 
 @dataclass(frozen=True)
-class CalmSettings:
+class LookaheadSettings:
     """The settings of lookahead, and of solving rows again, in the first iterations after a fit.
 
     Args:
@@ -30,7 +30,7 @@ class CalmSettings:
     refits: tuple[int, ...] = (50, 100, 200)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> CalmSettings:
+    def from_config(cls, cfg: CfgNode) -> LookaheadSettings:
         """Read the keys under ``MODEL.HEAD_ADAPT.FIT``; they are named as the fields, in capitals."""
         node = cfg.MODEL.HEAD_ADAPT.FIT
         values = {f.name: node[f.name.upper()] for f in fields(cls)}

@@ -33,12 +33,12 @@ def why_not(roi_heads: Any, writer: RowWriter, name: str) -> str | None:
     if f"{name}.mask_head.predictor.weight" not in writer.layouts or not hasattr(roi_heads.mask_head, "layers"):
         return "where its classes are is not known"
     tensor = f"{name}.mask_head.predictor.weight"
-    if len(writer.open_rows(tensor)) == 0:
+    if len(writer.writable_rows(tensor)) == 0:
         return "no row is new" if writer.layouts[tensor].axes else "one mask for all classes serves carried ones too"
     return None
 
 
-def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+def collect_pixels(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
     """Collect pixels of regions on objects: the features under the predictor, and whether the pixel is the object's."""
     roi_heads = model.roi_heads
     width = roi_heads.mask_head.predictor.in_channels
@@ -93,7 +93,7 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
     problem = why_not(model.roi_heads, writer, name) if "mask" in settings.parts else "FIT.PARTS leaves it out"
     if problem is not None:
         return PartReport(part, "kept", problem)
-    sample = gathered(collect(model, stream.views("masks", mirror=False), settings))
+    sample = gathered(collect_pixels(model, stream.views("masks", mirror=False), settings))
     device = model.roi_heads.mask_head.predictor.weight.device
 
     def work() -> tuple[list[Solution], PartReport]:

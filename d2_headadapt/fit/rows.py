@@ -80,7 +80,7 @@ class RowWriter:
             return tuple(sorted({k for name in beside for k in self.carried(name)}))
         return tuple(sorted(set(range(self.num_classes(tensor))) - set(self.new(tensor))))
 
-    def open_rows(self, tensor: str) -> torch.Tensor:
+    def writable_rows(self, tensor: str) -> torch.Tensor:
         """List positions on axis 0 that may be written: new classes, and class-free rows where none is carried."""
         layout = self.layouts.get(tensor)
         if layout is None:
@@ -107,7 +107,7 @@ class RowWriter:
         solutions = list(solutions)
         for solution in solutions:
             target = self._tensors[solution.tensor]
-            closed = ~torch.isin(solution.rows, self.open_rows(solution.tensor))
+            closed = ~torch.isin(solution.rows, self.writable_rows(solution.tensor))
             if shared and solution.tensor not in self.layouts:
                 closed[:] = False
             good = tuple(solution.values.shape) == (len(solution.rows), *target.shape[1:])

@@ -76,7 +76,7 @@ def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
     return float(hits[:-1].double().mean() / max(int(hits[-1]), 1))
 
 
-def collect(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+def collect_anchors(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
     """Collect cells of the RPN's feature maps with the labels that detectron2's own matcher gives their anchors."""
     # Cells are narrow and 15 of them may share one row of features, so clutter may take as much again.
     half = max(1, settings.regions // 2)
@@ -129,7 +129,7 @@ def solve(
     """Solve objectness by logistic regression and deltas by ridge, both toward the old values.
 
     Args:
-        sample: of :func:`collect`, with ``held``, the cells that choose the penalties.
+        sample: of :func:`collect_anchors`, with ``held``, the cells that choose the penalties.
         weight, bias: (A, C) and (A,) of the objectness layer.
         deltas: (4A, C) and (4A,) of the delta layer.
         settings: the penalties.
@@ -181,7 +181,7 @@ def fit_rpn(
     judged = settings.rpn == "auto"
     if judged and not stream.held_out:
         return PartReport(name, "kept", "too few images to judge by held-out recall")
-    reservoir = collect(rpn, stream.views("RPN"), settings)
+    reservoir = collect_anchors(rpn, stream.views("RPN"), settings)
     sample = gathered(reservoir)
     head = f"{name}.rpn_head"
     layers = ("objectness_logits", "anchor_deltas")

@@ -163,13 +163,13 @@ def solve_boxes(
     """
     tensor = f"{stage.name}.bbox_pred"
     layout = writer.layouts[f"{tensor}.weight"]
-    open_rows = writer.open_rows(f"{tensor}.weight")
+    writable_rows = writer.writable_rows(f"{tensor}.weight")
     # Beside a text classifier, which is solved whole, boxes of some classes may be carried.
     boxes = writer.new(f"{tensor}.weight")
     classes = [k for k in writer.new(stage.classifier) if layout.agnostic or k in boxes]
     new = torch.tensor(classes, device=sample["label"].device)
     near = (sample["overlap"] >= stage.threshold) & torch.isin(sample["label"], new)
-    if len(open_rows) == 0 or not near.any():
+    if len(writable_rows) == 0 or not near.any():
         return [], {}
     # The deviation of regions on objects, not of all.
     part = {key: value[near] for key, value in sample.items()}

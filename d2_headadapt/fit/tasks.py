@@ -86,7 +86,7 @@ def fit_tasks(
             missing.setdefault(part.head.spec.name, set()).update(writer.new(tensor))
     if not parts:
         return reports, {task: tuple(sorted(classes)) for task, classes in missing.items()}
-    reservoirs = collect(model, parts, stream.views("tasks"), settings)
+    reservoirs = collect_inputs(model, parts, stream.views("tasks"), settings)
     for part in parts:
         sample = gathered(reservoirs[part.name])
         device = part.head.predictor.weight.device
@@ -115,7 +115,9 @@ def _parts(model: Any) -> Iterator[_Part]:
             yield from (_Part(names[id(head)], head, stage.number) for head in stage.predictor.tasks)
 
 
-def collect(model: Any, parts: list[_Part], views: Iterator[View], settings: FitSettings) -> dict[str, Reservoir]:
+def collect_inputs(
+    model: Any, parts: list[_Part], views: Iterator[View], settings: FitSettings
+) -> dict[str, Reservoir]:
     """Collect what each head's last layer sees of images or boxes whose label is known, and that label."""
     reservoirs = {part.name: Reservoir({}, max(2, room(settings.regions, part.width))) for part in parts}
     for view in views:

@@ -27,7 +27,7 @@ from .predictor import replace_predictor
 from .task_boxes import carry_labels, features_of, has_tasks
 
 
-class KnowsItsClasses:
+class HeadAdaptMixin:
     """A mixin before a stock ROI-heads class: it replaces the box predictor and keeps the user's settings.
 
     A predictor that a subclass built itself, of another class than stock's, is left alone. Tasks on boxes are part of
@@ -123,7 +123,7 @@ def _ours(cfg: CfgNode, stock: Any, table: ClassTable | None, tasks: Sequence[Ta
 
 
 @ROI_HEADS_REGISTRY.register()
-class HeadAdaptROIHeads(KnowsItsClasses, StandardROIHeads):
+class HeadAdaptROIHeads(HeadAdaptMixin, StandardROIHeads):
     """``StandardROIHeads`` with the box predictor that ``MODEL.HEAD_ADAPT.PREDICTOR`` names."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
@@ -141,7 +141,7 @@ class HeadAdaptROIHeads(KnowsItsClasses, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class HeadAdaptCascadeROIHeads(KnowsItsClasses, CascadeROIHeads):
+class HeadAdaptCascadeROIHeads(HeadAdaptMixin, CascadeROIHeads):
     """``CascadeROIHeads`` with our predictor at every stage, and the tasks at the last."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
@@ -175,7 +175,7 @@ class HeadAdaptCascadeROIHeads(KnowsItsClasses, CascadeROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class HeadAdaptRes5ROIHeads(KnowsItsClasses, Res5ROIHeads):
+class HeadAdaptRes5ROIHeads(HeadAdaptMixin, Res5ROIHeads):
     """``Res5ROIHeads`` (the C4 models) with our predictor."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:

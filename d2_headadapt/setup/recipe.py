@@ -22,7 +22,7 @@ from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..errors import ConfigError, UsageError
 from ..key import DATASETS, INPUT, YAML, Form, form_of
 from .build import build_on_meta, building
-from .lazy.loading import load
+from .lazy.loading import load_lazy_config
 from .lazy.mirror import mirror_of
 from .lazy.preparing import prepare
 from .lazy.tree import built, calls, select, target_of
@@ -197,7 +197,7 @@ def read_recipe(
     Raises:
         HeadAdaptError: what cannot be read or used.
     """
-    lazy = load(config_file, opts, imports) if form_of(config_file) is Form.LAZY else None
+    lazy = load_lazy_config(config_file, opts, imports) if form_of(config_file) is Form.LAZY else None
     cfg = load_config(config_file, opts, imports) if lazy is None else mirror_of(lazy)
     change(cfg)
     return resolved_recipe(cfg, lazy, reads_labels=reads_labels)

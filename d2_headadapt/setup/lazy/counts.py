@@ -52,7 +52,7 @@ class Count:
         return ".".join(filter(None, ("model", self.path, self.key)))
 
 
-def class_counts(model: DictConfig) -> list[Count]:
+def find_counts(model: DictConfig) -> list[Count]:
     """List the counts that decide the size of a head whose layout is known.
 
     A ``num_classes`` of anything else, such as a backbone that was a classifier once, is left alone: it counts only at
@@ -107,7 +107,7 @@ def write_counts(model: DictConfig, target: Mapping[str, ClassTable]) -> list[st
     Returns:
         One line per count that changed, such as ``model.roi_heads.num_classes was 80, is 2, the classes of my_train``.
     """
-    counts = class_counts(model)
+    counts = find_counts(model)
     kept = {id(count.node) for count in agnostic_masks(counts)}
     lines: list[str] = []
     # Numbers first: what is interpolated follows them, unless it points out of the model.

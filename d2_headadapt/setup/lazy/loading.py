@@ -31,7 +31,7 @@ NODE = "head_adapt"
 
 
 @speaking(Form.LAZY)
-def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> DictConfig:
+def load_lazy_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> DictConfig:
     """Read a LazyConfig with its overrides; nothing is resolved or instantiated.
 
     Args:

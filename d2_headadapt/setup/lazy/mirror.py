@@ -20,7 +20,7 @@ from ...errors import ConfigError
 from ...key import DATASETS, MIRRORED, TASKS, Form, Key, speaking
 from ...modeling.predictor import PREDICTOR_REGISTRY
 from ..yaml import merge
-from .counts import class_counts
+from .counts import find_counts
 from .loading import NODE
 from .tree import calls, names_in, select, target_of
 
@@ -62,7 +62,7 @@ def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
         name = getattr(target_of(call), "__name__", "")
         if name in PREDICTOR_REGISTRY and target_of(call) is PREDICTOR_REGISTRY.get(name) and "bundle" not in call:
             cfg.MODEL.HEAD_ADAPT.PREDICTOR = name
-    counts = class_counts(model)
+    counts = find_counts(model)
     for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, NUM_CLASSES_KEYS["PanopticFPN"]):
         found = [count.value for count in counts if count.space == space]
         if found and key.of(cfg) is not None:

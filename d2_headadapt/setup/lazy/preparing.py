@@ -27,9 +27,9 @@ from ...errors import ConfigError
 from ...key import HEAD_ADAPT, Form, speaking
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
-from ...modeling.roi_heads import KnowsItsClasses
+from ...modeling.roi_heads import HeadAdaptMixin
 from ..yaml import settle_config, settle_device
-from .counts import agnostic_masks, check_counts, class_counts, write_counts
+from .counts import agnostic_masks, check_counts, find_counts, write_counts
 from .loading import NODE, make_absolute
 from .mirror import mirror_of
 from .tree import Call, calls, follow, give, select, target_of
@@ -115,7 +115,7 @@ def _predictors(model: DictConfig) -> list[tuple[DictConfig, DictConfig, bool]]:
     """Yield each box predictor of ROI heads of this package: the heads, the predictor, whether it is the last."""
     found: list[tuple[DictConfig, DictConfig, bool]] = []
     for _, heads in calls(model):
-        if not _is_kind(heads, KnowsItsClasses):
+        if not _is_kind(heads, HeadAdaptMixin):
             continue
         one, several = heads.get("box_predictor"), heads.get("box_predictors")
         nodes = list(several) if isinstance(several, ListConfig) else [one]
@@ -164,9 +164,9 @@ def _given_to_heads(
             if is_last and on_boxes:
                 arguments["tasks"] = on_boxes
             given.append((node, target, arguments))
-    agnostic = {id(count.node) for count in agnostic_masks(class_counts(model))}
+    agnostic = {id(count.node) for count in agnostic_masks(find_counts(model))}
     for _, node in calls(model):
-        if _is_kind(node, KnowsItsClasses):
+        if _is_kind(node, HeadAdaptMixin):
             # Once the heads around it have one class too, its number tells no longer.
             was = isinstance(node._target_, Call) and node._target_.arguments.get("cls_agnostic_mask", False)
             given.append((node, target_of(node), {"cls_agnostic_mask": was or id(node.get("mask_head")) in agnostic}))
