@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .discovery import AxisSize, Cause, ClassSized, CountFamily, Evidence, Found, Refusal, Shape
+from .discovery import AxisSize, ClassSized, CountFamily, Evidence, Found, Refusal, RefusalCause, Shape
 from .layouts import HeadLayout
 
 
@@ -370,27 +370,27 @@ class _Reader:
         """Decide the tensor's layout by its own evidence, or say why it has none."""
         fact = self.facts[sized.tensor]
         if not sized.axes:
-            return Refusal(sized, Cause.ONE_TENSOR_PER_CLASS if sized.one_per_class else Cause.NOT_AFFINE)
+            return Refusal(sized, RefusalCause.ONE_TENSOR_PER_CLASS if sized.one_per_class else RefusalCause.NOT_AFFINE)
         vector = not sized.parameter and fact.shape[sized.axes[0].axis] == _numel(fact.shape)
         if vector and fact.kind != "norm":
             axis = sized.axes[0]
             return Found(sized, self._one_axis(sized, axis, _readings(axis)[0], rebuilt=True), Evidence.BUFFER)
         if sized.tensor.startswith(self.hidden):
-            return Refusal(sized, Cause.HIDDEN_WIDTH)
+            return Refusal(sized, RefusalCause.HIDDEN_WIDTH)
         read = {axis: self.read(sized, axis) for axis in sized.axes}
         verdicts = {axis: found[0] for axis, found in read.items() if isinstance(found[0], _Verdict)}
         if len(verdicts) < len(read):
             open_axis = next(axis for axis in read if axis not in verdicts)
             is_input = len(sized.shape) > 1 and _INPUT.get(fact.kind) == open_axis.axis
-            cause = Cause.FEATURES_OR_CLASSES_FIRST if is_input else Cause.TWO_MEANINGS
+            cause = RefusalCause.FEATURES_OR_CLASSES_FIRST if is_input else RefusalCause.TWO_MEANINGS
             return Refusal(sized, cause, self._meanings(sized, read))
         layout = self.layout(sized, {axis: verdict.meaning for axis, verdict in verdicts.items()})
         if layout is None:
-            return Refusal(sized, Cause.NO_LAYOUT_SAYS_IT)
+            return Refusal(sized, RefusalCause.NO_LAYOUT_SAYS_IT)
         told = max(verdicts.values(), key=lambda verdict: verdict.evidence is not Evidence.ONE_MEANING)
         if not sized.parameter and fact.kind != "norm":
             if not any(head.given and sized.tensor.endswith(head.module) for head in KNOWN_HEADS):
-                return Refusal(sized, Cause.CARRIED_OR_REBUILT, (layout,))
+                return Refusal(sized, RefusalCause.CARRIED_OR_REBUILT, (layout,))
             layout = replace(layout, given="file")
         return Found(sized, layout, told.evidence, told.witness)
 
@@ -472,10 +472,10 @@ def read_layouts(
     decided = {x.tensor: reader.decide(x) for x in own.values()}
     twice = {x.tensor for x in sized if x is not own[x.tensor]}
     for name in twice:
-        decided[name] = Refusal(own[name], Cause.TWO_COUNTS)
+        decided[name] = Refusal(own[name], RefusalCause.TWO_COUNTS)
     for _ in range(2):  # A bias from its weight, then the same layer of other stages from it.
         for name, refusal in list(decided.items()):
-            if isinstance(refusal, Refusal) and refusal.cause is Cause.TWO_MEANINGS:
+            if isinstance(refusal, Refusal) and refusal.cause is RefusalCause.TWO_MEANINGS:
                 decided[name] = _inherit(refusal, reader, decided)
     ordered = [decided[name] for name in facts if name in decided]
     refused = [x for x in ordered if isinstance(x, Refusal)]

@@ -46,7 +46,7 @@ class Evidence(str, Enum):
     """The training loss treats these rows as those of one class."""
 
 
-class Cause(str, Enum):
+class RefusalCause(str, Enum):
     """The reason why a class-sized tensor got no layout."""
 
     TWO_MEANINGS = "two_meanings"
@@ -60,14 +60,14 @@ class Cause(str, Enum):
 
 
 _CAUSES = {
-    Cause.TWO_MEANINGS: "the shape has more than one meaning",
-    Cause.FEATURES_OR_CLASSES_FIRST: "the input is features and classes, in either order",
-    Cause.CARRIED_OR_REBUILT: "a buffer that a file may fill or the constructor may compute",
-    Cause.HIDDEN_WIDTH: "a hidden width follows the class count there, so the rows need not be classes",
-    Cause.NOT_AFFINE: "the size is no multiple of the class count plus a rest",
-    Cause.TWO_COUNTS: "two class counts decide the size",
-    Cause.ONE_TENSOR_PER_CLASS: "there is one such tensor per class",
-    Cause.NO_LAYOUT_SAYS_IT: "the axes differ in their extra rows, which no layout can say",
+    RefusalCause.TWO_MEANINGS: "the shape has more than one meaning",
+    RefusalCause.FEATURES_OR_CLASSES_FIRST: "the input is features and classes, in either order",
+    RefusalCause.CARRIED_OR_REBUILT: "a buffer that a file may fill or the constructor may compute",
+    RefusalCause.HIDDEN_WIDTH: "a hidden width follows the class count there, so the rows need not be classes",
+    RefusalCause.NOT_AFFINE: "the size is no multiple of the class count plus a rest",
+    RefusalCause.TWO_COUNTS: "two class counts decide the size",
+    RefusalCause.ONE_TENSOR_PER_CLASS: "there is one such tensor per class",
+    RefusalCause.NO_LAYOUT_SAYS_IT: "the axes differ in their extra rows, which no layout can say",
 }
 
 
@@ -137,7 +137,7 @@ class Refusal:
     """
 
     sized: ClassSized
-    cause: Cause
+    cause: RefusalCause
     meanings: tuple[HeadLayout, ...] = ()
     pattern: str = ""
 
@@ -283,7 +283,9 @@ class Discovery:
                     for x in data["found"]
                 ),
                 refused=tuple(
-                    Refusal(_sized(x["sized"]), Cause(x["cause"]), tuple(map(_layout, x["meanings"])), x["pattern"])
+                    Refusal(
+                        _sized(x["sized"]), RefusalCause(x["cause"]), tuple(map(_layout, x["meanings"])), x["pattern"]
+                    )
                     for x in data["refused"]
                 ),
                 idle=tuple(data["idle"]),

@@ -19,7 +19,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..adapt.discovery import Cause, ClassSized, Discovery, Evidence, Found, Refusal
+from ..adapt.discovery import ClassSized, Discovery, Evidence, Found, Refusal, RefusalCause
 from ..adapt.layouts import HeadLayout
 from .shape_builds import nothing_changed
 
@@ -76,7 +76,7 @@ def probe_refused(
             refusal
             for refusal in found.refused
             if refusal.sized.key == family.keys[0]
-            and refusal.cause in (Cause.TWO_MEANINGS, Cause.FEATURES_OR_CLASSES_FIRST)
+            and refusal.cause in (RefusalCause.TWO_MEANINGS, RefusalCause.FEATURES_OR_CLASSES_FIRST)
         ]
         if open_:
             three = {**counts, **dict.fromkeys(family.keys, CLASSES)}
