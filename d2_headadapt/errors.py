@@ -43,6 +43,22 @@ __all__ = [
 ]
 
 
+def visible(text: str) -> str:
+    """Show ``text`` in one line: whatever is not printable, a line's end too, as its escape.
+
+    Names of classes and tensors come from files. Raw, ``\\x1b[2J`` in one clears a terminal, a newline forges a line of
+    a log, and a zero-width space makes two names look alike.
+
+    Example:
+        >>> from d2_headadapt.errors import visible
+        >>> visible("cat\\n"), visible("ca\\u200bt"), visible("straße")
+        ('cat\\\\n', 'ca\\\\u200bt', 'straße')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class HeadAdaptError(ValueError):
     """Base of everything that this package raises for a mistake a user can mend.
 
@@ -69,7 +85,7 @@ class HeadAdaptError(ValueError):
     def __init__(self, where: Words, *, expected: Words, found: Words, fix: Words) -> None:
         self._said = (f"{where}", f"{expected}", f"{found}", f"{fix}")
         self.form = form_in_use()
-        super().__init__(f"{self.where}: expected {self.expected}, found {self.found}. {self.fix}")
+        super().__init__(visible(f"{self.where}: expected {self.expected}, found {self.found}. {self.fix}"))
 
     @property
     def where(self) -> str:

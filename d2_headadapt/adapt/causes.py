@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from ..errors import visible
 from ..key import Key
 
 Shape = tuple[int, ...]
@@ -75,8 +76,6 @@ class Cause(str, Enum):
     """Another shape, and no layout says that its rows are classes."""
 
     # Only the user can say what is meant.
-    ONE_OR_AGNOSTIC = "one_or_agnostic"
-    """The file knows one class, whose rows look like those that serve all classes."""
     MODEL_MISFIT = "model_misfit"
     """The model was not built for its class table."""
     TABLE_MISFIT = "table_misfit"
@@ -203,8 +202,6 @@ SENTENCES: Mapping[Cause, str] = {
     Cause.AGNOSTIC_IN_FILE: "class-agnostic in the file {source_shape}, {target_kind} in the model {target_shape}",
     Cause.UNKNOWN_CLASSES: f"{_SHAPES}; the classes of the {{side}} are unknown: set {{key}}",
     Cause.NO_LAYOUT: f"{_SHAPES}, and no layout says that its rows are classes",
-    Cause.ONE_OR_AGNOSTIC: "the file knows one class ({names}), so its {source_shape} can be that class's rows or "
-    "class-agnostic; exclude it, or build the model class-specific (CLS_AGNOSTIC_* False)",
     Cause.MODEL_MISFIT: "the model's {target_shape} does not hold the {length} classes of {table} ({target_kind}): "
     "set NUM_CLASSES to the table's length",
     Cause.TABLE_MISFIT: "{source_shape} in the file holds {holds} ({target_kind}), but {table} names {length}: "
@@ -227,10 +224,8 @@ def sentence(why: Why, *, root: bool = False) -> str:
     holds = f"{why.count} classes" if why.count else "no whole number of classes"
     key = str(Key(why.key)) if why.key else ""
     words = SENTENCES[why.cause].format(**{**values, "key": key, "names": ", ".join(why.names), "holds": holds})
-    if root:
-        return words
-    if why.cause in UNVERIFIED:
-        return f"unverified: {words}"
-    if why.blame and why.cause is not Cause.GROUP_REFUSED:
-        return f"its head group changes whole or not at all; {why.blame}: {words}"
-    return words
+    if not root and why.cause in UNVERIFIED:
+        words = f"unverified: {words}"
+    elif not root and why.blame and why.cause is not Cause.GROUP_REFUSED:
+        words = f"its head group changes whole or not at all; {why.blame}: {words}"
+    return visible(words)

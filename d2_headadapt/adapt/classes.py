@@ -7,11 +7,13 @@ which tensor rows belong to it is the business of :mod:`d2_headadapt.adapt.layou
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 
-from ..errors import ClassTableError
+from ..errors import ClassTableError, visible
 
 SPACES = ("thing", "stuff", "keypoint")
 """The label spaces that detectron2 itself has; every task adds one of its own name."""
@@ -23,11 +25,15 @@ _SEPARATORS = str.maketrans("-_", "  ")
 
 
 def normalise(name: str) -> str:
-    """Return ``name`` as it is compared when the exact spelling finds nothing.
+    """Return ``name`` as it is compared when the exact spelling finds nothing; empty where nothing of it is left.
 
-    Case is folded, and runs of spaces, hyphens and underscores become one space: ``"Traffic-Light"`` is
-    ``"traffic light"``.
+    Case is folded, Unicode's compatible spellings (NFKC) become one, characters without width go, and runs of spaces,
+    hyphens and underscores become one space: ``"Traffic-Light"`` is ``"traffic light"``.
     """
+    if not name.isascii():
+        # Folding may undo what composing did, so composing comes last too.
+        name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+        name = "".join(c for c in name if unicodedata.category(c) != "Cf")
     return " ".join(name.translate(_SEPARATORS).casefold().split())
 
 
@@ -51,20 +57,19 @@ class ClassTable:
     """The ordered names that one head predicts, without background.
 
     Args:
-        names: K distinct, non-empty strings.
+        names: K distinct, non-empty strings; a whole number stands for its digits.
         origin: where the names come from, for messages (``"coco_2017_train"``, ``"TARGET_CLASSES"``).
 
     Raises:
-        ClassTableError: no names, a name that is no string or empty, or two names that normalise to the same.
+        ClassTableError: no names, a name that is no string or empty, or a name twice.
 
     Example:
         >>> from d2_headadapt import ClassTable
         >>> table = ClassTable(["cat", "traffic light"])
         >>> len(table), table.find("Traffic-Light"), table.find("dog")
         (2, 1, None)
-        >>> ClassTable(["cat", "Cat"])
-        Traceback (most recent call last):
-        d2_headadapt.errors.ClassTableError: a list: expected names that differ ..., found 'cat' and 'Cat'. Rename ...
+        >>> ClassTable(["A", "a"]).find("a"), ClassTable(["cat", "Cat"]).find("CAT")
+        (1, None)
     """
 
     names: tuple[str, ...]
@@ -76,7 +81,7 @@ class ClassTable:
             raise ClassTableError(
                 origin, expected="a list of names", found=repr(names), fix=f"For one class, write [{names!r}]."
             )
-        names = tuple(names)
+        names = tuple(str(n) if isinstance(n, Integral) and not isinstance(n, bool) else n for n in names)
         _check_names(names, origin)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "origin", origin)
@@ -94,18 +99,21 @@ class ClassTable:
 
     @cached_property
     def normalised_index(self) -> Mapping[str, int]:
-        """Class index by normalised name; unique, because the constructor refuses collisions."""
-        return {normalise(name): i for i, name in enumerate(self.names)}
+        """Class index by normalised name, as far as one class alone has it."""
+        found: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            found.setdefault(normalise(name), []).append(i)
+        return {key: owners[0] for key, owners in found.items() if key and len(owners) == 1}
 
     def find(self, name: str) -> int | None:
-        """Find the index of ``name``, spelled exactly or up to normalisation; ``None`` where it is not."""
+        """Find the index of ``name``: exactly, else up to normalisation where that is one class; else ``None``."""
         i = self.index.get(name)
         return self.normalised_index.get(normalise(name)) if i is None else i
 
 
 def shorten(names: Sequence[str], most: int = 6) -> str:
     """Put ``names`` into one short line: the first few and how many more there are."""
-    shown = ", ".join(names[:most])
+    shown = ", ".join(map(visible, names[:most]))
     return shown if len(names) <= most else f"{shown}, ... ({len(names) - most} more)"
 
 
@@ -114,7 +122,7 @@ def _check_names(names: tuple[str, ...], origin: str) -> None:
         raise ClassTableError(
             origin, expected="at least one class name", found="none", fix="List the classes in their order."
         )
-    seen: dict[str, str] = {}
+    seen: set[str] = set()
     for position, name in enumerate(names):
         if not isinstance(name, str):
             raise ClassTableError(
@@ -123,19 +131,15 @@ def _check_names(names: tuple[str, ...], origin: str) -> None:
                 found=f"{name!r} ({type(name).__name__})",
                 fix=f"Put it in quotes: '{name}'.",
             )
-        key = normalise(name)
-        if not key:
+        if not name.strip():
             raise ClassTableError(
                 f"{origin}, class {position}", expected="a name", found=repr(name), fix="Give the class a name."
             )
-        if key in seen:
+        if name in seen:
             raise ClassTableError(
-                origin,
-                expected="names that differ after case, spaces, hyphens and underscores are normalised",
-                found=f"{seen[key]!r} and {name!r}" if seen[key] != name else f"{name!r} twice",
-                fix="Rename or remove one of the two.",
+                origin, expected="different names", found=f"{name!r} twice", fix="Rename or remove one of the two."
             )
-        seen[key] = name
+        seen.add(name)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ are entered under class names, so that nothing here imports a project that may n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
 
+from ..key import MODEL, Key
 from .layouts import HeadLayout
 from .registry import ModuleContext, register_by_class_name
 
@@ -34,11 +35,29 @@ def _pair(context: ModuleContext, child: str, space: str, group: str, **kinds: A
 
 
 def _agnostic(module: nn.Module, rows: int, rows_per_class: int, num_classes: int) -> bool:
-    """Tell one class from class-agnostic, which have the same shape: by our heads' flag, else by the shape."""
-    declared = getattr(module, "cls_agnostic", None)
-    if declared is not None:
-        return bool(declared)
-    return rows != num_classes * rows_per_class
+    """Tell by the shape; of one class, by what the constructor or :func:`declare_agnostic` left on the module."""
+    return rows != num_classes * rows_per_class or (num_classes == 1 and bool(getattr(module, "cls_agnostic", False)))
+
+
+CHOICES: dict[str, Key] = {
+    "FastRCNNOutputLayers": MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG,
+    "MaskRCNNConvUpsampleHead": MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK,
+    "StandardPointHead": MODEL.POINT_HEAD.CLS_AGNOSTIC_MASK,
+}
+"""Module class of detectron2 -> the config key that makes it class-agnostic; stock modules do not remember it."""
+
+
+def declare_agnostic(model: nn.Module, keys: Collection[Key]) -> None:
+    """Leave on each module of :data:`CHOICES` whether its config key was set, where its constructor left nothing.
+
+    Args:
+        model: as built.
+        keys: the config keys of :data:`CHOICES` that are true.
+    """
+    for module in model.modules():
+        for name in (cls.__name__ for cls in type(module).__mro__):
+            if CHOICES.get(name) in keys and not hasattr(module, "cls_agnostic"):
+                module.cls_agnostic = True  # type: ignore[assignment]
 
 
 @register_by_class_name("FastRCNNOutputLayers")
@@ -50,11 +69,11 @@ def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
         yield from _pair(context, "cls_score", "thing", group, part=part, extra=1)
     if isinstance(getattr(module, "bbox_pred", None), nn.Linear):
         box_dim = len(module.box2box_transform.weights)
-        if _agnostic(module, module.bbox_pred.out_features, box_dim, module.num_classes):
-            kinds: dict[str, Any] = {"axes": (), "rows_per_class": box_dim, "by_choice": True}
-            yield from _pair(context, "bbox_pred", "thing", group, part=part, **kinds)
-        else:
-            yield from _pair(context, "bbox_pred", "thing", group, part=part, rows_per_class=box_dim)
+        # Stock's cascade refuses to be built otherwise.
+        in_cascade = module.num_classes == 1 and context.owner("CascadeROIHeads") is not None
+        agnostic = in_cascade or _agnostic(module, module.bbox_pred.out_features, box_dim, module.num_classes)
+        kinds: dict[str, Any] = {"axes": () if agnostic else ((0, 0),), "rows_per_class": box_dim, "by_choice": True}
+        yield from _pair(context, "bbox_pred", "thing", group, part=part, **kinds)
     yield HeadLayout(f"{context.name}.fed_loss_cls_weights".lstrip("."), "thing", group, "fed_loss", rebuilt=True)
 
 
@@ -64,8 +83,8 @@ def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     owner = context.owner(*ROI_HEADS)
     num_classes = int(getattr(owner[1], "num_classes", 0)) if owner else module.predictor.out_channels
     agnostic = _agnostic(module, module.predictor.out_channels, 1, num_classes)
-    kinds: dict[str, Any] = {"axes": (), "by_choice": True} if agnostic else {}
-    yield from _pair(context, "predictor", "thing", _thing_group(context), part="mask_head", **kinds)
+    axes = () if agnostic else ((0, 0),)
+    yield from _pair(context, "predictor", "thing", _thing_group(context), part="mask_head", axes=axes, by_choice=True)
 
 
 @register_by_class_name("RetinaNetHead")
@@ -134,5 +153,5 @@ def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayo
     inputs = ((1, module.predictor.in_channels - num_classes),) if module.coarse_pred_each_layer else ()
     outputs = () if _agnostic(module, rows, 1, num_classes) else ((0, 0),)
     weight, bias = _pair(context, "predictor", space, group, part=part)
-    yield HeadLayout(weight.tensor, space, group, part, axes=(*outputs, *inputs), by_choice=not outputs)
-    yield HeadLayout(bias.tensor, space, group, part, axes=outputs, by_choice=not outputs)
+    yield HeadLayout(weight.tensor, space, group, part, axes=(*outputs, *inputs), by_choice=space == "thing")
+    yield HeadLayout(bias.tensor, space, group, part, axes=outputs, by_choice=space == "thing")

@@ -16,7 +16,7 @@ classes on axis 1 of the weight and on axis 0 of the bias.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class HeadLayout:
         rebuilt: computed from the dataset by the model's constructor, so never taken from a file.
         given: the model's constructor knows every row (a text embedding), so that no row is new: ``"file"`` where its
             rows stay, ``"checkpoint"`` where those of a checkpoint replace them; empty for a layer that is trained.
-        by_choice: agnostic because a config key says so; the same tensor could have been class-specific.
+        by_choice: a config key decides whether the tensor is class-specific or agnostic; at one class the two are the
+            same values.
 
     Example:
         Boxes, four rows for each class, and scores, background last, for three classes::
@@ -72,6 +73,16 @@ class HeadLayout:
     def agnostic(self) -> bool:
         """Whether the tensor is class-agnostic: no larger for more classes."""
         return not self.axes
+
+    @property
+    def serves_all(self) -> bool:
+        """No class has rows of its own on the first axis; inputs may still be class by class."""
+        return all(entry[0] != 0 for entry in self.axes)
+
+    def read_as(self, *, serves_all: bool) -> HeadLayout:
+        """Read this one-class layout as class-agnostic where ``serves_all``, else as the rows of that class."""
+        inputs = tuple(entry for entry in self.axes if entry[0] != 0)
+        return replace(self, axes=inputs if serves_all else ((0, 0), *inputs))
 
     @property
     def class_axes(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ def match_classes(
 
     A target class takes the source class that one of these finds, in this order: the user's own aliases, the exact
     name, the normalised name, a reviewed spelling pair, a synonym of the source class, a synonym of the target class.
+    Of classes that one table tells apart by nothing but spelling (``A`` and ``a``), only the exact name counts.
 
     Args:
         target, source: the tables.
@@ -68,7 +69,12 @@ def match_classes(
     synonym_owners = _synonym_owners(source, source_synonyms or {})
     rows: list[int | None] = []
     for t, name in enumerate(target.names):
-        s = own[t] if t in own else source.find(name)
+        s = own[t] if t in own else source.index.get(name)
+        if s is None and target.normalised_index.get(normalise(name)) != t:
+            rows.append(None)
+            continue
+        if s is None:
+            s = source.find(name)
         if s is None:
             s = _by_other_names(name, target, source, partners.get(normalise(name), ()))
         if s is None:
@@ -84,13 +90,18 @@ def parse_aliases(aliases: Sequence[str], target: ClassTable, source: ClassTable
     found: dict[int, int] = {}
     for alias in aliases:
         where = f"{HEAD_ADAPT.ALIASES}, {alias!r}"
-        left, equals, right = str(alias).partition("=")
-        if not equals or not left.strip() or not right.strip():
+        sides = alias_sides(alias)
+        fitting = [(a, b) for a, b in sides if target.find(a) is not None and source.find(b) is not None]
+        if not sides or len(fitting) > 1:
             raise ClassTableError(
-                where, expected="'target=source'", found=repr(alias), fix="Write it like 'lorry=truck'."
+                where,
+                expected="'target=source'" if not sides else "one way to part it at '='",
+                found=repr(alias) if not sides else " and ".join(f"{a!r} from {b!r}" for a, b in fitting),
+                fix="Write it like 'lorry=truck'." if not sides else "Rename one of these classes.",
             )
-        t = _known(left.strip(), target, where, "target")
-        s = _known(right.strip(), source, where, "source")
+        left, right = fitting[0] if fitting else sides[0]
+        t = _known(left, target, where, "target")
+        s = _known(right, source, where, "source")
         if found.get(t, s) != s:
             raise ClassTableError(
                 where,
@@ -100,6 +111,13 @@ def parse_aliases(aliases: Sequence[str], target: ClassTable, source: ClassTable
             )
         found[t] = s
     return found
+
+
+def alias_sides(alias: str) -> list[tuple[str, str]]:
+    """Split ``"target=source"`` in every way: names may hold ``=`` themselves, and then the tables decide."""
+    parts = str(alias).split("=")
+    pairs = [("=".join(parts[:i]).strip(), "=".join(parts[i:]).strip()) for i in range(1, len(parts))]
+    return [(left, right) for left, right in pairs if left and right]
 
 
 def _known(name: str, table: ClassTable, where: str, side: str) -> int:

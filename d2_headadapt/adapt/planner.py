@@ -71,7 +71,7 @@ class HeadGroup:
             for m in carried
             if m.tensor in self.excluded
         ]
-        present = [m for m in carried if m.part not in absent and m.tensor not in self.excluded]
+        present = [self.reading(m) for m in carried if m.part not in absent and m.tensor not in self.excluded]
         for m in carried:
             if m.part in absent and m.tensor not in self.excluded:
                 action = "kept" if m.agnostic else "initialised"
@@ -102,6 +102,26 @@ class HeadGroup:
                 )
             )
         return plans
+
+    def reading(self, m: HeadLayout) -> HeadLayout:
+        """Choose the layout of a tensor that a config key makes class-specific or agnostic.
+
+        At one class the two are the same values, in the file as in the model, so that either is right; where both
+        sides have one class and it is another one, what either side says of itself decides.
+        """
+        source, target = self.sources.get(m.space), self.targets.get(m.space)
+        in_file = self.source_shapes.get(m.tensor)
+        if not m.by_choice or not in_file or source is None or target is None or m.space not in self.maps:
+            return m
+        stored = self.file_layouts.get(m.tensor)
+        rows = {len(source) * m.rows_per_class: False, m.rows_per_class: len(source) > 1}
+        says = stored.serves_all if stored is not None else rows.get(in_file[0])
+        if says is None:
+            return m
+        of_file = {says} if len(source) > 1 else {True, False}
+        of_model = {m.serves_all} if len(target) > 1 else {True, False}
+        both = of_file & of_model
+        return m.read_as(serves_all=m.serves_all or says if len(both) > 1 else both.pop()) if both else m
 
     def _entry(
         self,
@@ -158,6 +178,8 @@ class HeadGroup:
 
     def _kind(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
         stored = self.file_layouts.get(m.tensor)
+        if stored is not None and m.by_choice and len(self.sources.get(m.space, ())) == 1:
+            stored = stored.read_as(serves_all=m.serves_all)
         if stored is not None and not stored.same_kind(m):
             why = Why(Cause.OTHER_KIND, source_kind=stored.describe(), target_kind=m.describe())
             return _Misfit(m.tensor, why)
@@ -184,8 +206,6 @@ class HeadGroup:
     def _known(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
         source, target = self.sources[m.space], self.targets[m.space]
         if m.agnostic:
-            if m.by_choice and len(source) == 1 and len(target) > 1 and m.tensor not in self.file_layouts:
-                return _Misfit(m.tensor, replace(self._at(m, Cause.ONE_OR_AGNOSTIC), names=source.names), refused=True)
             return None
         kind = m.describe()
         if not m.fits(in_model, len(target)):
@@ -318,6 +338,7 @@ def plan_adaptation(
         match,
     )
     planned: dict[str, TensorPlan] = {}
+    read: dict[str, HeadLayout] = {}
     groups: dict[str, list[HeadLayout]] = {}
     for layout in layouts:
         groups.setdefault(layout.group, []).append(layout)
@@ -325,6 +346,7 @@ def plan_adaptation(
     for members in groups.values():
         group = HeadGroup(members, source_shapes, target_shapes, sources, targets, maps, file_layouts, initialise, out)
         planned.update({t.name: t for t in group.plan()})
+        read.update({m.tensor: group.reading(m) for m in members})
     tensors = [
         planned[name] if name in planned else _without_layout(name, source_shapes.get(name), shape, maps, out)
         for name, shape in target_shapes.items()
@@ -335,7 +357,9 @@ def plan_adaptation(
         if name not in target_shapes
     ]
     tensors += [TensorPlan(name, "dropped", why=why) for name, why in (dropped or {}).items()]
-    return AdaptPlan(tuple(tensors), sources, targets, tuple(layouts), _maps_in_use(tensors, maps))
+    return AdaptPlan(
+        tuple(tensors), sources, targets, tuple(read[x.tensor] for x in layouts), _maps_in_use(tensors, maps)
+    )
 
 
 def match_tables(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
-from ..errors import Finding, PlanRefused, Severity
-from ..key import HEAD_ADAPT, Key
+from ..errors import Finding, PlanRefused, Severity, visible
+from ..key import Key
 from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
@@ -75,7 +75,7 @@ def summary_line(plan: AdaptPlan) -> str:
     parts.append("tensors: " + ", ".join(f"{tensors[action]} {action}" for action in ACTIONS if tensors[action]))
     if unverified:
         parts.append(f"{unverified} of them unverified")
-    return "; ".join(parts)
+    return visible("; ".join(parts))
 
 
 def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = True) -> str:
@@ -162,6 +162,19 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
     return tuple(notices)
 
 
+def discarded_heads(plan: AdaptPlan) -> tuple[Notice, ...]:
+    """Pick the notices of heads that the file has trained and the model does not take, although nobody asked for that.
+
+    Classes that the model does not have are no such head: their rows have no place.
+    """
+    lost = {
+        t.name
+        for t in plan.by_action("initialised")
+        if t.source_shape is not None and not t.cause.by_user and t.cause is not Cause.NO_CLASS_IN_FILE
+    }
+    return tuple(n for n in plan_notices(plan) if n.code == "initialised" and lost & set(n.tensors))
+
+
 def plan_spaces(plan: AdaptPlan) -> list[str]:
     """List the label spaces that the plan's tensors or tables name, and the tasks that only the file has, sorted."""
     used = {t.space for t in plan.tensors if t.space is not None}
@@ -216,8 +229,6 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
         verb = "corrected " if t.space in table else ""
         named = str(Key(t.why.key).set("names.txt"))
         return named, f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
-    if t.cause is Cause.ONE_OR_AGNOSTIC:
-        return str(HEAD_ADAPT.EXCLUDE.set([t.name])), "or build the model class-specific"
     return "", ""
 
 
@@ -232,7 +243,7 @@ def _rows(plan: AdaptPlan, notices: Sequence[Notice], every_tensor: bool) -> lis
         for i, t in enumerate(by_group[group]):
             words = [*counts_in_words(t), f"see note {notes[t.name]}" if t.name in notes else t.reason]
             cells = [t.name, t.action, shape_text(t.source_shape), shape_text(t.target_shape)]
-            rows.append([group * (i == 0), *cells, ", ".join(filter(None, words))])
+            rows.append([visible(c) for c in (group * (i == 0), *cells, ", ".join(filter(None, words)))])
     return rows
 
 
@@ -273,7 +284,7 @@ def _class_lines(plan: AdaptPlan, space: str) -> list[tuple[str, str]]:
         ("of the file that are dropped", _names(found.source, found.dropped)),
         ("of the file that feed several", _names(found.source, found.shared)),
     ]
-    return [(f"{space} classes {title}", shorten(names, _ALIAS_MOST)) for title, names in lines if names]
+    return [(visible(f"{space} classes {title}"), shorten(names, _ALIAS_MOST)) for title, names in lines if names]
 
 
 def split_renamed(found: ClassMap) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -294,7 +305,7 @@ def _new_names(plan: AdaptPlan, space: str) -> list[str]:
 
 
 def _names(table: ClassTable, indices: Iterable[int]) -> list[str]:
-    return [" ".join(table.names[i].split()) for i in indices]
+    return [visible(table.names[i]) for i in indices]
 
 
 def _count(number: int, what: str) -> str:
@@ -309,7 +320,7 @@ def _pipes(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _markdown(text: str) -> str:
     """Escape ``text`` for Markdown; class names may hold anything."""
-    return re.sub(r"([\\`*_|\[\]~])", r"\\\1", " ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_|\[\]~])", r"\\\1", visible(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _code(text: str) -> str:

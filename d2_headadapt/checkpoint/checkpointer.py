@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shlex
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import nn
 from ..adapt.causes import Cause
 from ..adapt.plan import AdaptPlan
 from ..adapt.registry import layouts_of
-from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
+from ..adapt.report import discarded_heads, plan_json, plan_notices, plan_table, summary_line
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
@@ -36,10 +37,11 @@ from .load import (
     say_unused,
 )
 from .optimizer import find_optimizer
-from .provenance import KEY, Provenance, optimizer_names
+from .provenance import KEY, UNTRAINED_ROWS, Provenance, optimizer_names
 from .ranks import agree, compare, everywhere, readable_everywhere, share_new_rows
+from .run_folder import unnoted
 from .source_keys import UnusedKey, applied_keys
-from .untrained import UNTRAINED_ROWS, projections, unchanged_classes, untrained_classes, untrained_rows
+from .untrained import projections, unchanged_classes, untrained_classes, untrained_rows
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "head_adapt_plan.json"
@@ -160,7 +162,32 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 found=f"none on rank {ranks}",
                 fix=f"Copy last_checkpoint and the file that it names to every machine, or use a shared {OUTPUT_DIR}.",
             )
+        if resume and comm.is_main_process():
+            self._say_what_is_unnoted(path)
         return dict(super().resume_or_load(path, resume=resume))
+
+    def get_checkpoint_file(self) -> str:
+        """Find the file like the parent; where it is gone, take the one of its name in the folder, which was moved."""
+        found: str = super().get_checkpoint_file()
+        here = os.path.join(self.save_dir, os.path.basename(found))
+        if found and "://" not in self.save_dir and not os.path.isfile(found) and os.path.isfile(here):
+            self.logger.info("%s, which last_checkpoint names, is not there: taking %s.", found, here)
+            return here
+        return found
+
+    def _say_what_is_unnoted(self, path: str) -> None:
+        """Warn of checkpoints that a run wrote and could not note in ``last_checkpoint`` any more."""
+        last = self.get_checkpoint_file() if self.has_checkpoint() else ""
+        names = unnoted(self.save_dir, last)
+        if names:
+            note = os.path.join(self.save_dir, "last_checkpoint")
+            found = f"names {os.path.basename(last)}" if last else "is not there"
+            start = last or path or "the model's initial values"
+            self.logger.warning(
+                "%s %s, but %s lies beside it: that run was stopped before it was noted. Starting from %s; "
+                "to go on from it instead, type: printf %s > %s",
+                *(note, found, names[-1], start, names[-1], shlex.quote(note)),
+            )
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -252,6 +279,9 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         for notice in plan_notices(plan):
             if notice.code == "unverified":
                 self.logger.warning("unverified: %s: %s; type: %s", notice.where, notice.found, notice.type_this)
+        for notice in discarded_heads(plan):
+            command = f"; type: {notice.type_this}" if notice.type_this else ""
+            self.logger.warning("not loaded: %s: %s%s", notice.where, notice.found, command)
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:

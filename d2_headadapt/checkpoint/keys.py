@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -56,7 +57,10 @@ def settle_names(
         heuristics: match each name of the model with the file's name that is its longest dotted suffix, as stock's
             ``align_and_update_state_dicts`` does.
     """
-    named = strip_prefix(tensors, "module.")
+    # What matches by suffixes needs no help with prefixes, and is to give what stock's matching gives.
+    bare = unwrapped(tensors, () if heuristics or caffe2 else model_shapes)
+    named = {bare[name]: value for name, value in tensors.items()}
+    inner = {new: old for old, new in bare.items() if new != old and new in model_shapes}
     if caffe2:
         # It logs a line per head tensor that it reorders, which the plan says better.
         level = logging.getLogger("detectron2.checkpoint.c2_model_loading").level
@@ -66,7 +70,7 @@ def settle_names(
         finally:
             logging.getLogger("detectron2.checkpoint.c2_model_loading").setLevel(level)
     if not (heuristics or caffe2):
-        return SettledNames(named)
+        return SettledNames(named, file_names=inner)
     takers: dict[str, list[str]] = {}
     for name in model_shapes:
         suffix = longest_suffix(name, named)
@@ -90,11 +94,45 @@ def settle_names(
     return SettledNames(out, dropped, file_names)
 
 
-def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Remove ``prefix`` where every name has it (a model saved inside DataParallel)."""
-    if tensors and all(name.startswith(prefix) for name in tensors):
-        return {name[len(prefix) :]: value for name, value in tensors.items()}
-    return dict(tensors)
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""What torch.compile, FSDP, activation checkpointing and Lightning Fabric put into names, at any depth."""
+
+
+def bare_name(name: str) -> str:
+    """Strip the marks of wrappers: ``backbone._orig_mod.stem.weight`` is ``backbone.stem.weight``."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(names: Iterable[str], model_names: Iterable[str]) -> dict[str, str]:
+    """Map every name of a file to the model's name, as far as wrappers make the difference.
+
+    A module around the whole model (``module.`` of DataParallel and of torch's ``AveragedModel``, ``model.`` of a
+    Lightning module, an attribute of somebody's own) is the prefix after which most names are the model's; where two
+    prefixes give as many, as for a teacher and a student, neither is taken. Marks of :data:`WRAPPERS` count on neither
+    side. A name that two would get is given to none.
+    """
+    names = list(names)
+    by_bare = {bare_name(name): name for name in model_names}
+    bare = {name: bare_name(name) for name in names}
+    prefix = _outer_prefix(bare.values(), by_bare)
+    if not prefix and names and all(name.startswith("module.") for name in bare.values()):
+        prefix = "module."
+    inner = {name: short[len(prefix) :] if short.startswith(prefix) else short for name, short in bare.items()}
+    found = {name: by_bare.get(short, short) for name, short in inner.items()}
+    counts = Counter(found.values())
+    return {name: new if counts[new] == 1 else name for name, new in found.items()}
+
+
+def _outer_prefix(names: Iterable[str], model_names: Container[str]) -> str:
+    """Find the one prefix of up to three parts after which more names are the model's than after any other."""
+    hits: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for depth in range(min(4, len(parts))):
+            if ".".join(parts[depth:]) in model_names:
+                hits["".join(f"{part}." for part in parts[:depth])] += 1
+    best = hits.most_common(2)
+    return best[0][0] if best and (len(best) == 1 or best[0][1] > best[1][1]) else ""
 
 
 def longest_suffix(name: str, candidates: Mapping[str, object]) -> str | None:

@@ -17,13 +17,14 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..adapt.classes import ClassTable, did_you_mean
+from ..adapt.detectron2_heads import declare_agnostic
 from ..adapt.layouts import HeadLayout
 from ..adapt.plan import AdaptPlan
 from ..adapt.planner import plan_adaptation, source_key
 from ..adapt.registry import layouts_of
 from ..adapt.vocabularies import zoo_tables
 from ..config.settings import AdaptSettings
-from ..errors import CheckpointFileError, NotFetchedError, PlanRefused
+from ..errors import CheckpointFileError, NotFetchedError, PlanRefused, visible
 from ..files import read_checkpoint, shapes_of, verify_tensors
 from ..key import HEAD_ADAPT, MODEL
 from ..modeling.text.nearest import NearestRows, plan_nearest
@@ -176,7 +177,12 @@ def prepare_load(
     state = OrderedDict(nearest.apply(plan.apply(made.tensors, model.state_dict())))
     # What a module keeps beside its tensors (`_extra_state`) has no classes.
     state.update({n: v for n, v in made.tensors.items() if n in state and not torch.is_tensor(v)})
-    adapt_averages(checkpoint, plan, state)
+    done, left = adapt_averages(checkpoint, plan, state)
+    if done:
+        logger.info("Averaged copies of the model went through the same plan: %s.", visible(", ".join(done)))
+    for place in left:
+        where = f"{visible(place)} of {request.path}"
+        logger.warning("%s holds head tensors of the old classes and was left as it was.", where)
     if hasattr(stored, "_metadata"):
         # Modules convert old formats by the version numbers in it.
         state._metadata = stored._metadata  # type: ignore[attr-defined]
@@ -184,7 +190,7 @@ def prepare_load(
 
 
 def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: nn.Module) -> PlannedLoad:
-    """Bring a file's content, a model and a user's settings together in a plan; all stay as they are.
+    """Bring a file's content, a model and a user's settings together in a plan; nothing is loaded.
 
     Args:
         request: what is asked for.
@@ -198,6 +204,8 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     settings, unused = keys_for(request.settings, known, request.path, own=request.own)
     shapes = shapes_of(model.state_dict())
     settled = settle_checkpoint(checkpoint, shapes, settings)
+    known = known.renamed({file: name for name, file in settled.file_names.items()})
+    declare_agnostic(model, settings.agnostic)
     layouts = layouts_of(model)
     for space in sorted(set(settings.source) - {layout.space for layout in layouts}):
         logger.info("%s is set, but the model has no %s head.", source_key(space), space)

@@ -7,7 +7,7 @@ names come from the file's provenance, else from the live optimizer where sizes 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapt.causes import Shape
 from ..adapt.plan import AdaptPlan, TensorPlan, move_rows
 from ..adapt.report import summary_line
 from ..errors import ResumeError
-from ..key import HEAD_ADAPT, OUTPUT_DIR
-from .keys import strip_prefix
+from ..key import HEAD_ADAPT, MODEL, OUTPUT_DIR
+from .keys import unwrapped
 from .provenance import Provenance, optimizer_names
-
-AVERAGES = ("ema_state", "model_ema")
-"""Top-level keys under which d2go and others keep an averaged copy of the model."""
 
 Names = Sequence[Sequence[str]]
 
@@ -50,7 +48,7 @@ def adapt_state(
         path: the file, for messages.
 
     Returns:
-        A new state dict in the live optimizer's numbering. Moments of carried rows have the saved bits, those of new
+        A new state dict in the live optimizer's numbering. State of carried rows has the saved bits, those of new
         rows are zero, and a parameter that was initialised has none.
 
     Raises:
@@ -92,38 +90,63 @@ def group_origin(group: Sequence[str], stored: Names, position: int) -> int | No
     return known.index(max(known))
 
 
-def adapt_averages(checkpoint: dict[str, Any], plan: AdaptPlan, model: Mapping[str, torch.Tensor]) -> list[str]:
+def adapt_averages(
+    checkpoint: dict[str, Any], plan: AdaptPlan, model: Mapping[str, torch.Tensor]
+) -> tuple[list[str], list[str]]:
     """Send averaged copies of the model through the same plan, in place of the entries of ``checkpoint``.
 
-    A new row of an average starts where the model's row starts, as a new average would.
+    A copy is known by its content: a mapping at any depth with tensors of the model's names and of the shapes that the
+    file has under ``model``, whatever it is called and however it is wrapped. A new row of an average starts where the
+    model's row starts, as a new average would. Nothing is replaced where no tensor changes.
 
     Args:
-        checkpoint: a file's content; entries named in :data:`AVERAGES` are replaced by new dicts.
+        checkpoint: a file's content; entries that hold a copy are replaced by new ones.
         plan: what happened to the weights.
         model: the state dict that the model gets.
 
     Returns:
-        The keys that were replaced.
+        The places that were replaced, and those that hold head tensors of the old classes under names or shapes that
+        fit no tensor of the plan; keys are joined with ``/``.
     """
-    found: list[str] = []
-    for key in AVERAGES:
-        entry = checkpoint.get(key)
-        if not isinstance(entry, Mapping):
-            continue
-        inner = next((k for k in ("module", "state_dict", "state") if isinstance(entry.get(k), Mapping)), None)
-        tensors = entry if inner is None else entry[inner]
-        prefix = "module." if tensors and all(str(name).startswith("module.") for name in tensors) else ""
-        named = strip_prefix({str(k): v for k, v in tensors.items() if torch.is_tensor(v)}, prefix)
-        taken = {t.name for t in plan.by_action("copied", "carried")}
-        if not taken & named.keys():
-            continue
-        usable = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in named))
-        adapted = usable.apply(named, {name: value for name, value in model.items() if name in named})
-        rest = {k: v for k, v in tensors.items() if not torch.is_tensor(v)}
-        out = {**rest, **{prefix + name: value for name, value in adapted.items()}}
-        checkpoint[key] = out if inner is None else {**entry, inner: out}
-        found.append(key)
-    return found
+    changed = {t.name: t for t in plan.changed()}
+    old_shapes = {t.source_shape for t in changed.values() if t.action == "carried"} - {
+        t.target_shape for t in changed.values()
+    }
+    done: list[str] = []
+    left: list[str] = []
+    seen: set[int] = set()  # a pickle may hold a dict inside itself
+
+    def visit(place: str, node: Any) -> Any:
+        if isinstance(node, (list, tuple)):
+            if _of_shapes(node, old_shapes):
+                left.append(place)
+            return node
+        if not isinstance(node, Mapping) or "param_groups" in node or id(node) in seen:
+            return node
+        seen.add(id(node))
+        tensors = {str(key): value for key, value in node.items() if torch.is_tensor(value)}
+        names = unwrapped(tensors, model)
+        copies = {names[key]: value for key, value in tensors.items() if names[key] in model}
+        fits = all(t.name not in copies or tuple(copies[t.name].shape) == t.source_shape for t in plan.tensors)
+        if copies and changed.keys() & copies.keys() and fits:
+            done.append(place)
+            usable = replace(plan, tensors=tuple(t for t in plan.tensors if t.name in copies))
+            adapted = usable.apply(copies, {name: model[name] for name in copies})
+            return {key: adapted.get(names.get(str(key), ""), value) for key, value in node.items()}
+        if _of_shapes(tensors.values(), old_shapes):
+            left.append(place)
+            return node
+        out = {key: visit(f"{place}/{key}", value) for key, value in node.items()}
+        return out if any(out[key] is not node[key] for key in out) else node
+
+    if changed:
+        for key in list(checkpoint):
+            checkpoint[key] = visit(key, checkpoint[key])
+    return done, left
+
+
+def _of_shapes(values: Iterable[Any], shapes: Collection[Shape | None]) -> bool:
+    return any(torch.is_tensor(value) and tuple(value.shape) in shapes for value in values)
 
 
 def reorder_scheduler(node: Any, origins: Sequence[int | None], base_lrs: Sequence[float]) -> Any:
@@ -230,6 +253,8 @@ def adapt_resume(
     holders = find_state(checkpoint)
     if live is None or not holders:
         return
+    for holder in holders:
+        _refuse_other_kind(holder["optimizer"], live, path)
     names = optimizer_names(live, dict(model.named_parameters()))
     if not changed and known.optimizer in ((), names):
         return
@@ -301,6 +326,28 @@ def _moment_misfits(state: Any) -> Iterator[tuple[str, str, Any]]:
         for key, value in moments.items():
             if value is not None and not isinstance(value, _NUMBERS):
                 yield f"optimizer/state/{number}/{key}", "a tensor or number", value
+
+
+ANY_OPTIMIZER = {
+    *("params", "lr", "initial_lr", "weight_decay", "maximize", "foreach", "differentiable", "fused", "capturable"),
+    "decoupled_weight_decay",
+}
+"""Keys of a parameter group that optimizers of several kinds have, or that a later version of torch added."""
+
+
+def _refuse_other_kind(state: Mapping[str, Any], live: torch.optim.Optimizer, path: str) -> None:
+    """Raise where a saved state lacks what the live optimizer reads in its ``step()``: it is of another kind."""
+    needed = live.defaults.keys() - ANY_OPTIMIZER
+    for group in state["param_groups"]:
+        if needed - group.keys():
+            saved = ", ".join(sorted(group.keys() - ANY_OPTIMIZER - needed)) or "none of its own"
+            raise ResumeError(
+                f"optimizer state of {path}",
+                expected=f"that of {type(live).__name__} ({', '.join(sorted(needed))})",
+                found=f"that of another optimizer ({saved})",
+                fix="Go on with the optimizer that the run was trained with, or start a new run from this file: "
+                f"without --resume, with it as {MODEL.WEIGHTS} and another {OUTPUT_DIR}.",
+            )
 
 
 def find_optimizer(checkpointables: Mapping[str, Any]) -> torch.optim.Optimizer | None:

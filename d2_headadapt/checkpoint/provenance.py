@@ -7,7 +7,7 @@ unknown top-level keys through.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..adapt.classes import ClassTable
@@ -17,6 +17,8 @@ from ..key import HEAD_ADAPT
 
 KEY = "d2_headadapt"
 VERSION = 1
+UNTRAINED_ROWS = "untrained_rows"
+"""Key of ``extra``: names of the classes without a trained row, by tensor."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class Provenance:
     def says_classes(self) -> bool:
         """Whether the file says of itself what it predicts, or what went into it."""
         return bool(self.tables or self.layouts or self.applied)
+
+    def renamed(self, names: Mapping[str, str]) -> Provenance:
+        """Return the same with tensors under other names; those that ``names`` does not hold keep theirs."""
+        rows = self.extra.get(UNTRAINED_ROWS)
+        extra = dict(self.extra)
+        if isinstance(rows, Mapping):
+            extra[UNTRAINED_ROWS] = {names.get(tensor, tensor): classes for tensor, classes in rows.items()}
+        return replace(
+            self,
+            layouts=tuple(replace(x, tensor=names.get(x.tensor, x.tensor)) for x in self.layouts),
+            optimizer=tuple(tuple(names.get(name, name) for name in group) for group in self.optimizer),
+            extra=extra,
+        )
 
     def to_plain(self) -> dict[str, Any]:
         """Write the form that goes into a file."""

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 from ..adapt.classes import ClassTable
+from ..adapt.matching import alias_sides
 from ..adapt.planner import source_key
 from ..config.settings import AdaptSettings
 from ..errors import PlanRefused
@@ -133,8 +134,9 @@ def _sources(settings: AdaptSettings, known: Provenance, about: bool, unused: li
 def _aliases(settings: AdaptSettings, known: Provenance, about: bool, unused: list[UnusedKey]) -> tuple[str, ...]:
     kept: list[str] = []
     for alias in settings.aliases:
-        target, _, source = (part.strip() for part in alias.partition("="))
         tables = known.tables.values()
+        sides = alias_sides(alias) or [("", "")]
+        target, source = next((p for p in sides if any(t.find(n) is not None for t in tables for n in p)), sides[0])
         moved = any(t.find(target) is not None for t in tables) and not any(t.find(source) is not None for t in tables)
         if alias in known.applied.get("aliases", ()):
             unused.append(UnusedKey(HEAD_ADAPT.ALIASES, Unused.APPLIED, alias))

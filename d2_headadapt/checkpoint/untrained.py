@@ -7,10 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ..adapt.plan import AdaptPlan
-from .provenance import Provenance
-
-UNTRAINED_ROWS = "untrained_rows"
-"""Key of provenance's ``extra``: names of the classes without a trained row, by tensor."""
+from .provenance import UNTRAINED_ROWS, Provenance
 
 
 def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:

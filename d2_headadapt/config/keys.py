@@ -64,7 +64,8 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Trainer looks at config and small annotation files before it builds (see docs/doctor.md); an error stops it.
     node.DOCTOR = True
 
-    # Load a file that needs full pickle, which can run any code its author put there.
+    # Load a file that needs full pickle, or on the command line a yaml with python tags: either can run any code
+    # its author put there.
     node.TRUST_FILE = False
 
     # Check the CRC-32 of every record that is taken from a .pth file: torch itself loads a flipped bit silently.

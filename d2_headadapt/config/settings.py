@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..adapt.classes import KEY_SUFFIXES, SPACES, ClassTable, did_you_mean
+from ..adapt.detectron2_heads import CHOICES, declare_agnostic
 from ..data.datasets import resolve_table, training_table
 from ..data.task_spec import source_tables, task_specs
 from ..errors import ConfigError
@@ -66,6 +67,8 @@ class AdaptSettings:
         weights: the file that ``source``, ``aliases``, ``match``, ``include``, ``exclude`` and ``rename`` describe
             (``MODEL.WEIGHTS``); empty where they describe whatever is loaded. Another file that says its own classes
             is loaded without them, see :mod:`d2_headadapt.checkpoint.source_keys`.
+        agnostic: the config keys that make boxes or masks serve all classes, as far as they are set; at one class no
+            shape tells. See :func:`d2_headadapt.adapt.detectron2_heads.declare_agnostic`.
 
     Raises:
         ConfigError: tables that are none (:meth:`of` takes plain names), or an unknown choice.
@@ -92,6 +95,7 @@ class AdaptSettings:
     text_file: str = ""
     text_names: Any = None
     weights: str = ""
+    agnostic: frozenset[Key] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("target", "source"):
@@ -218,6 +222,7 @@ class AdaptSettings:
             str(node.TEXT.FILE),
             node.TEXT.NAMES,
             str(cfg.MODEL.WEIGHTS),
+            frozenset(key for key in CHOICES.values() if key.of(cfg)),
         )
 
 
@@ -272,8 +277,12 @@ def apply_num_classes(cfg: CfgNode, target: Mapping[str, ClassTable]) -> list[st
 
 
 def attach_settings(model: nn.Module, settings: AdaptSettings) -> None:
-    """Leave ``settings`` on ``model`` for the checkpointer, in place of any that a head inside it carries."""
+    """Leave ``settings`` on ``model`` for the checkpointer, in place of any that a head inside it carries.
+
+    What only the config knows of a head's layout goes to the head.
+    """
     setattr(model, ATTRIBUTE, settings)
+    declare_agnostic(model, settings.agnostic)
 
 
 def settings_of(model: nn.Module) -> AdaptSettings | None:

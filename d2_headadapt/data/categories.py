@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import copy
 import json
+import logging
 import mmap
 import os
 import re
@@ -18,9 +19,11 @@ from typing import IO, Any
 
 from detectron2.utils.file_io import PathManager
 
+from ..adapt.classes import shorten
 from ..errors import ClassTableError, DatasetError
 from ..key import Key
 
+logger = logging.getLogger(__name__)
 Category = dict[str, Any]
 
 _KEY = b'"categories"'
@@ -107,8 +110,7 @@ def read_names(path: str, space: str, key: Key) -> list[Any]:
     try:
         with open(PathManager.get_local_path(path), "rb") as file:
             if extension == ".txt":
-                lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
-                return [line for line in lines if line and not line.startswith("#")]
+                return _lines(file.read().decode("utf-8-sig"), path)
             categories = _cut_out(file)
             file.seek(0)
             payload = {"categories": categories} if categories is not None else json.loads(file.read())
@@ -130,6 +132,21 @@ def read_names(path: str, space: str, key: Key) -> list[Any]:
             fix='Write the file as ["first class", "second class"].',
         )
     return names
+
+
+def _lines(text: str, path: str) -> list[str]:
+    r"""Read the names of a .txt: a line that starts with ``#`` is a comment, and one with ``\#`` a name with ``#``."""
+    # Not splitlines(), which parts a name at characters that nobody sees.
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
+    passed = [line for line in lines if re.match(r"#[^\s#!]", line)]
+    if passed:
+        logger.warning(
+            "%s: %s taken as a comment; write \\%s where it is a class, or '# ' before a comment.",
+            path,
+            f"{shorten(passed)} {'is' if len(passed) == 1 else 'are each'}",
+            shorten(passed[:1]),
+        )
+    return [line[1:] if line.startswith("\\#") else line for line in lines if line and not line.startswith("#")]
 
 
 def _cut_out(file: IO[bytes]) -> Any:

@@ -287,7 +287,7 @@ def resolve_table(value: Any, *, key: Key, space: str = "thing") -> ClassTable |
     Args:
         value: ``None``, a list of names, or a string: a registered dataset, a built-in vocabulary or a file, whichever
             is found first. A file is a .json (a list of names, ``{"names": [...]}`` or a COCO json) or a .txt (one name
-            a line; empty lines and lines that start with ``#`` do not count).
+            a line; empty lines and lines that start with ``#`` do not count, ``\\#`` begins a name with ``#``).
         key: the config key, for messages.
         space: label space of the table.
 

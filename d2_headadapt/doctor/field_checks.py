@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
-from ..adapt.classes import did_you_mean, normalise
+from ..adapt.classes import did_you_mean
 from ..data.datasets import task_facts
 from ..errors import DatasetError
 from ..key import DATASETS, INPUT, MODEL, TASKS, TEST
@@ -26,7 +26,7 @@ def class_names(context: DoctorContext) -> Iterable[Finding]:
     for name, labels in from_json(context):
         seen: dict[str, int] = {}
         for k, one in enumerate(labels.names):
-            key = normalise(one) if isinstance(one, str) else ""
+            key = str(one).strip() if isinstance(one, (str, int)) and not isinstance(one, bool) else ""
             if not key or key in seen:
                 found = f"category {labels.ids[k]!r} is {one!r}"
                 if key:
@@ -37,7 +37,7 @@ def class_names(context: DoctorContext) -> Iterable[Finding]:
                     DatasetError(
                         f"{place(name, labels)}, categories",
                         found=found,
-                        expected="names that differ after case, spaces, hyphens and underscores are normalised",
+                        expected="different names",
                         fix="Rename one of the two, or give both one id."
                         if key
                         else "Give the category a name, in quotes.",

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from tabulate import tabulate
 from termcolor import colored
 
-from ..errors import HeadAdaptError
+from ..errors import HeadAdaptError, visible
 from ..key import Form, form_in_use, shown, speaking
 
 # Each module of checks enters its own when it is imported.
@@ -115,9 +115,10 @@ def report_text(report: Report) -> str:
     blocks = []
     for finding in report.findings:
         head = colored(f"{finding.severity} {finding.code}", COLOURS[finding.severity], attrs=["bold"])
-        lines = [("found", finding.found), ("expected", finding.expected), ("do", finding.fix)]
+        where, *parts = map(visible, (finding.where, finding.found, finding.expected, finding.fix))
+        lines = list(zip(("found", "expected", "do"), parts, strict=True))
         blocks.append(
-            f"{head}  {finding.where}\n" + tabulate(lines, tablefmt="plain", maxcolwidths=[None, 100], stralign="left")
+            f"{head}  {where}\n" + tabulate(lines, tablefmt="plain", maxcolwidths=[None, 100], stralign="left")
         )
     if report.not_run:
         rows = [(code, shown(CHECKS[code].title), reason) for code, reason in sorted(report.not_run.items())]

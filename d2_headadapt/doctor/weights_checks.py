@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..adapt.plan import AdaptPlan, TensorPlan
-from ..adapt.report import plan_notices
+from ..adapt.report import discarded_heads, plan_notices
 from ..checkpoint.keys import matched
 from ..checkpoint.load import refuse_plan
 from ..config.settings import NUM_CLASSES_KEYS
@@ -65,6 +65,16 @@ def classes_known(context: DoctorContext) -> Iterator[Finding]:
             )
 
 
+@check("HA312", "no trained head is thrown away", needs=("plan",), severity="warning")
+def heads_kept(context: DoctorContext) -> Iterator[Finding]:
+    for notice in discarded_heads(context.plan):
+        fix = f"Build the head as the file has it, or name it in {HEAD_ADAPT.EXCLUDE} if it is to be trained anew."
+        if notice.type_this:
+            fix = f"Type: {notice.type_this} ({notice.hint})." if notice.hint else f"Type: {notice.type_this}."
+        found, expected = f"{notice.where}: {notice.found}", "the head that the file has trained"
+        yield Finding("HA312", "warning", ConfigError(context.weights_path, found=found, expected=expected, fix=fix))
+
+
 @check("HA304", "a class list of the same length is the same list", needs=("plan",), severity="warning")
 def same_count(context: DoctorContext) -> Iterator[Finding]:
     """Find another class list of the same length, which stock detectron2 loads without a word."""
@@ -77,13 +87,13 @@ def same_count(context: DoctorContext) -> Iterator[Finding]:
             continue
         i = next(i for i, pair in enumerate(zip(source.names, target.names, strict=True)) if pair[0] != pair[1])
         differ = f"{len(target)} {space} classes on both sides, and row {i} is {source.names[i]!r} in the file"
-        if context.settings.match == "position":
+        if context.settings.match != "name":
             yield Finding(
                 "HA304",
                 "warning",
                 ConfigError(
                     HEAD_ADAPT.MATCH,
-                    found=f"'position': {differ} and becomes {target.names[i]!r}",
+                    found=f"{context.settings.match!r}: {differ} and becomes {target.names[i]!r}",
                     expected="rows that keep their class",
                     fix=f"Set {HEAD_ADAPT.MATCH.set('name')}, unless the two names mean the same thing.",
                 ),

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ..adapt.classes import ClassTable
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.provenance import KEY, Provenance
+from ..data.images import UNREADABLE, why_unreadable
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import CheckpointFileError, ConfigError, DatasetError
 from ..evaluation.drawing import draw_tasks, image_lines
@@ -190,9 +191,9 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, lea
     for i, path in enumerate(tqdm(files, desc="predict", unit="image", disable=len(files) < 5)):
         try:
             image = read_image(str(path), format=predictor.cfg.INPUT.FORMAT)
-        except (OSError, ValueError, SyntaxError) as exc:
-            found.append({"file": str(path), "error": str(exc)})
-            yield f"{path}: cannot be read ({exc})"
+        except UNREADABLE as exc:
+            found.append({"file": str(path), "error": why_unreadable(exc)})
+            yield f"{path}: cannot be read ({why_unreadable(exc)})"
             continue
         try:
             result = predictor(image)

@@ -25,11 +25,13 @@ from ..adapt.classes import shorten
 from ..adapt.report import plan_markdown
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.keys import freeze
+from ..checkpoint.ranks import agree
+from ..checkpoint.run_folder import claim, release, set_aside, unnoted
 from ..config.settings import AdaptSettings, attach_settings, with_keys
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
-from ..errors import PlanRefused, UsageError
+from ..errors import ConfigError, PlanRefused, UsageError
 from ..evaluation.build import build_evaluator as build_evaluator
 from ..fit.hook import FitHook
 from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER, YAML
@@ -102,6 +104,7 @@ class Trainer(DefaultTrainer):
             hooks.insert(0, FitHook.from_config(cfg, lambda: self.checkpointer.rows_to_fit()))
         # Before all others, because an evaluation calls the model too.
         hooks.insert(0, UntrainedHeads(task_specs(cfg)))
+        hooks.insert(0, OwnFolder(self.checkpointer))
         return hooks
 
     @classmethod
@@ -161,6 +164,37 @@ def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: 
         logger.info(
             "Going on from %s, the last checkpoint of %s; %s is not read.", last, OUTPUT_DIR, MODEL.WEIGHTS.set(weights)
         )
+
+
+class OwnFolder(HookBase):
+    """While a run trains, ``OUTPUT_DIR`` is its own; checkpoints of earlier runs that it would overwrite are kept."""
+
+    def __init__(self, checkpointer: HeadAdaptCheckpointer) -> None:
+        self._checkpointer = checkpointer
+
+    def before_train(self) -> None:
+        """Claim the folder, and move what this run did not start from into a folder inside it.
+
+        Raises:
+            ConfigError: another process trains there.
+        """
+        folder, error = self._checkpointer.save_dir, None
+        if comm.is_main_process() and folder:
+            try:
+                claim(folder)
+            except ConfigError as exc:
+                error = exc
+        agree(error, folder)
+        if comm.is_main_process() and folder:
+            noted = self.trainer.start_iter and self._checkpointer.has_checkpoint()
+            last = self._checkpointer.get_checkpoint_file() if noted else ""
+            names = unnoted(folder, last)
+            if names:
+                place = set_aside(folder, names, note=not last)
+                logger.warning("%s of an earlier run would be overwritten: now in %s.", shorten(names, 3), place)
+
+    def after_train(self) -> None:
+        release(self._checkpointer.save_dir)
 
 
 def say_what_is_left(done: int, wanted: int) -> None:

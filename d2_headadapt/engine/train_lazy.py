@@ -38,7 +38,7 @@ from ..setup.lazy.tree import built, names_in, select, target_of
 from ..setup.recipe import LazyRecipe
 from .gradient_watch import UntrainedHeads
 from .launch import log_to
-from .train import build_evaluator, record_plan, refuse_new_rows, say_what_is_left, say_what_is_read
+from .train import OwnFolder, build_evaluator, record_plan, refuse_new_rows, say_what_is_left, say_what_is_read
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class _PlanInRecord(HookBase):
 def _hooks(recipe: LazyRecipe, model: nn.Module, checkpointer: HeadAdaptCheckpointer) -> list[HookBase | None]:
     """List the hooks of detectron2's lazyconfig_train_net.py, with what ``Trainer`` adds in front."""
     lazy, cfg, main_process = recipe.lazy, recipe.config, comm.is_main_process()
-    found: list[HookBase | None] = [UntrainedHeads(task_specs(cfg))]
+    found: list[HookBase | None] = [OwnFolder(checkpointer), UntrainedHeads(task_specs(cfg))]
     if cfg.MODEL.HEAD_ADAPT.FIT.ENABLED:
         fit, lookahead = FitSettings.from_config(cfg), LookaheadSettings.from_config(cfg)
         rows = checkpointer.rows_to_fit

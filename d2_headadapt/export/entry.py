@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ..adapt.classes import ClassTable
 from ..checkpoint.provenance import Provenance
+from ..data.images import UNREADABLE, why_unreadable
 from ..engine.predict import Predictor
 from ..errors import ConfigError, DatasetError, ExportError
 from ..modeling.classifier import MultiTaskClassifier
@@ -119,9 +120,9 @@ def export_predictor(predictor: Predictor, form: str, files: Sequence[Path]) -> 
 def _read(path: Path, channels: str) -> NDArray[np.uint8]:
     try:
         image: NDArray[np.uint8] = read_image(str(path), format=channels)
-    except (OSError, ValueError, SyntaxError) as exc:
+    except UNREADABLE as exc:
         raise DatasetError(
-            str(path), expected="an image that can be read", found=str(exc), fix="Leave it out, or mend it."
+            str(path), expected="an image that can be read", found=why_unreadable(exc), fix="Leave it out, or mend it."
         ) from exc
     return image
 

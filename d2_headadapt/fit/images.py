@@ -21,6 +21,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 from tqdm import tqdm
 
+from ..data.images import UNREADABLE, why_unreadable
 from ..data.task_mapper import Mapper
 from .reservoir import image_key
 from .settings import FitSettings
@@ -214,11 +215,10 @@ class ImageStream:
         if name in self.skipped:
             return []
         try:
-            # PIL raises SyntaxError for a broken PNG.
             mapped = self._mapper(dict(self._dicts[position]))
-        except (OSError, ValueError, SyntaxError) as exc:
-            self.skipped[name] = str(exc) or type(exc).__name__
-            logger.warning("Image %s cannot be read and is passed over: %s", name, exc)
+        except UNREADABLE as exc:
+            self.skipped[name] = why_unreadable(exc)
+            logger.warning("Image %s cannot be read and is passed over: %s", name, self.skipped[name])
             return []
         image, truth = mapped["image"], mapped.get("instances")
         size = (int(image.shape[-2]), int(image.shape[-1]))
@@ -227,8 +227,10 @@ class ImageStream:
         both = [{"image": image.flip(-1) if mirrored else image} for mirrored in flips]
         images = self._model.preprocess_image(both)
         features = self._model.backbone(images.tensor)
-        if not all(bool(torch.isfinite(value).all()) for value in features.values()):
-            self.skipped[name] = "the backbone's features are not finite"
+        broken = _not_finite(features)
+        if broken:
+            self.skipped[name] = f"the backbone gives {broken}"
+            logger.warning("Image %s is passed over: the backbone gives %s.", name, broken)
             return []
         views = []
         for k, mirrored in enumerate(flips):
@@ -239,6 +241,14 @@ class ImageStream:
             views.append(View(2 * i + int(mirrored), key, own, size, labels, tasks))
             self._cache.keep(views[-1])
         return views
+
+
+def _not_finite(features: Mapping[str, torch.Tensor]) -> str:
+    """Say what stands in features beside finite numbers, and where; empty where nothing does."""
+    for layer, value in features.items():
+        if not bool(torch.isfinite(value).all()):
+            return f"{'NaN' if bool(torch.isnan(value).any()) else 'infinite values'} in {layer}"
+    return ""
 
 
 def empty_truth(size: tuple[int, int]) -> Instances:

@@ -9,7 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..errors import ConfigError
+from ..errors import ConfigError, visible
 from ..key import HEAD_ADAPT
 
 PARTS = ("rpn", "box", "mask", "dense", "task")
@@ -143,7 +143,7 @@ class FitReport:
         new: new classes by label space.
         without_examples: those of them that no image shows, whose rows keep their recipe, by label space.
         images: how many images were looked at.
-        skipped: images that could not be read, each with the reason.
+        skipped: images that were passed over, because they cannot be read or give NaN, each with the reason.
         seconds: duration.
         chosen: positions in the training set of the images that were looked at.
     """
@@ -171,7 +171,8 @@ class FitReport:
         if empty:
             words += f"; {empty} have no example there and keep their recipe"
         if self.skipped:
-            words += f"; {len(self.skipped)} images could not be read"
+            first = self.skipped[0]
+            words += f"; {len(self.skipped)} images passed over (the first: {visible(f'{first[0]}, {first[1]}')})"
         return words
 
     def to_json(self) -> dict[str, Any]:

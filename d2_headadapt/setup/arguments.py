@@ -17,7 +17,7 @@ def add_import_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE_OR_FILE.py",
-        help="a module or file that registers your own components; repeatable",
+        help="a module or file that registers your own components; its code runs; repeatable",
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -30,14 +31,81 @@ from .task_checks import check_tasks
 logger = logging.getLogger(__name__)
 
 
+PYTHON_TAG = "tag:yaml.org,2002:python/"
+PLAIN_TAGS = {
+    **dict.fromkeys(("tuple", "list"), "seq"),
+    **dict.fromkeys(("str", "unicode"), "str"),
+    **dict.fromkeys(("int", "long"), "int"),
+    **{name: name for name in ("bool", "float")},
+    **{"dict": "map", "none": "null"},
+}
+"""Python tags of PyYAML that say no more than YAML's own; the zoo's yamls have ``!!python/tuple``."""
+TRUST_KEY = HEAD_ADAPT.TRUST_FILE
+
+
 class PathAwareCfgNode(CfgNode):
-    """A config whose ``DATASETS.REGISTER`` paths are relative to the yaml that holds them, base files included."""
+    """A config whose ``DATASETS.REGISTER`` paths are relative to the yaml that holds them, base files included.
+
+    A yaml runs nothing: stock detectron2 reads one with ``yaml.unsafe_load`` where a tag asks for that.
+    """
 
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         loaded: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
         settle_yaml(loaded, filename)
         return loaded
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        file: IO[str] = super()._open_cfg(filename)
+        with file:
+            text = file.read()
+        return io.StringIO(plain_yaml(text, filename) if "!" in text else text)
+
+
+class TrustedCfgNode(PathAwareCfgNode):
+    """The same for a yaml whose author the user trusts: its tags may run code."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        return CfgNode._open_cfg(filename)  # type: ignore[no-any-return]
+
+
+def plain_yaml(text: str, filename: str) -> str:
+    """Replace :data:`PLAIN_TAGS` in a yaml's text by YAML's own tags.
+
+    Raises:
+        ConfigError: a tag that would run code or name an object of a program.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    changed = False
+    waiting, seen = [root] if root is not None else [], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.tag.startswith(PYTHON_TAG) and node.tag.removeprefix(PYTHON_TAG) in PLAIN_TAGS:
+            node.tag = f"tag:yaml.org,2002:{PLAIN_TAGS[node.tag.removeprefix(PYTHON_TAG)]}"
+            changed = True
+        elif node.tag not in yaml.SafeLoader.yaml_constructors:
+            raise ConfigError(
+                f"{filename}, line {node.start_mark.line + 1}",
+                expected="plain values",
+                found=f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}, which may run code",
+                fix=f"Write the value itself. If you know the author, add {TRUST_KEY.set(True)} to the command.",
+            )
+        if isinstance(node, yaml.MappingNode):
+            waiting.extend(part for pair in node.value for part in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting.extend(node.value)
+    return yaml.serialize(root, Dumper=yaml.SafeDumper) if changed else text
+
+
+def trusts_yaml(opts: Sequence[str]) -> bool:
+    """Tell whether the command line, and not the file about itself, says that what is read may run code."""
+    values = [value for key, value in zip(opts[::2], opts[1::2], strict=False) if key == TRUST_KEY.yaml]
+    return bool(values) and str(values[-1]).lower() == "true"
 
 
 def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
@@ -87,7 +155,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
     """Read a config with this package's keys and the user's components; nothing is resolved yet.
 
     Args:
-        config_file: a yaml; empty for detectron2's defaults.
+        config_file: a yaml; empty for detectron2's defaults. Its tags run nothing unless ``opts`` say
+            ``MODEL.HEAD_ADAPT.TRUST_FILE True``.
         opts: ``KEY VALUE`` pairs.
         imports: modules or ``.py`` files that register components, see :mod:`d2_headadapt.setup.components`.
 
@@ -111,7 +180,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
                 "--config-file", expected="a yaml file", found=f"no file {config_file!r}", fix="Correct the path."
             )
         # The whole tree in one type, because yacs refuses to merge nodes of two.
-        reader = PathAwareCfgNode(cfg)
+        reader = (TrustedCfgNode if trusts_yaml(opts) else PathAwareCfgNode)(cfg)
         reader.MODEL.TASKS.set_new_allowed(True)  # Which a copy forgets.
         try:
             merge(reader, config_file, lambda: reader.merge_from_file(config_file))

@@ -69,11 +69,6 @@ RENDERED = [
         "(4, 8) in the file, (3, 8) in the model, and no layout says that its rows are classes",
     ),
     (
-        Why(Cause.ONE_OR_AGNOSTIC, names=("cat",), **SHAPES),
-        "the file knows one class (cat), so its (4, 8) can be that class's rows or class-agnostic; exclude it, or "
-        "build the model class-specific (CLS_AGNOSTIC_* False)",
-    ),
-    (
         Why(Cause.MODEL_MISFIT, target_kind="1 row per class", table="a.txt", length=9, **SHAPES),
         "the model's (3, 8) does not hold the 9 classes of a.txt (1 row per class): set NUM_CLASSES to the table's "
         "length",

@@ -6,18 +6,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from d2_headadapt.adapt.causes import Cause, Why
 from d2_headadapt.adapt.classes import ClassTable
 from d2_headadapt.adapt.layouts import HeadLayout
 from d2_headadapt.adapt.plan import AdaptPlan, TensorPlan
 from d2_headadapt.adapt.planner import plan_adaptation
-from d2_headadapt.errors import ClassTableError, PlanRefused
+from d2_headadapt.adapt.report import discarded_heads
+from d2_headadapt.errors import ClassTableError
 
 CLS = HeadLayout("h.cls.weight", "thing", "h", "box", extra=1)
-BOX = HeadLayout("h.box.weight", "thing", "h", "box", rows_per_class=4)
+BOX = HeadLayout("h.box.weight", "thing", "h", "box", rows_per_class=4, by_choice=True)
 AGNOSTIC = HeadLayout("h.box.weight", "thing", "h", "box", axes=(), rows_per_class=4, by_choice=True)
-MASK = HeadLayout("h.mask.weight", "thing", "h", "mask")
+MASK = HeadLayout("h.mask.weight", "thing", "h", "mask", by_choice=True)
 AGNOSTIC_MASK = HeadLayout("h.mask.weight", "thing", "h", "mask", axes=(), by_choice=True)
 NAMES = [f"c{i}" for i in range(80)]
 
@@ -151,47 +153,88 @@ def test_class_specific_in_the_file_and_agnostic_in_the_model_are_told_apart() -
     assert "class-specific in the file, class-agnostic in the model" in by_name(plan)[AGNOSTIC.tensor].reason
 
 
-@pytest.mark.parametrize(("specific", "rows"), [(BOX, 4), (MASK, 1)])
-def test_one_class_and_agnostic_of_the_same_shape_are_told_apart_by_the_source_table(
-    specific: HeadLayout, rows: int
+ONE, TWO, OTHER, MANY = table("a"), table("c", "a"), table("b"), table("x", "a", "y")
+SPECIFIC, SHARED = [(BOX, AGNOSTIC), (MASK, AGNOSTIC_MASK)], "copied"
+
+
+@pytest.mark.parametrize(("specific", "agnostic"), SPECIFIC)
+@pytest.mark.parametrize(
+    ("file", "source", "model", "target", "expected"),
+    [
+        # One class in the model: the agnostic rows of any file are that class's, and that class's rows are agnostic.
+        (SHARED, MANY, "class", ONE, "copied"),
+        (SHARED, MANY, "class", OTHER, "copied"),
+        (SHARED, MANY, SHARED, OTHER, "copied"),
+        ("class", MANY, SHARED, ONE, "carried"),
+        ("class", MANY, SHARED, OTHER, "initialised"),
+        ("class", MANY, "class", ONE, "carried"),
+        # One class in the file: its rows serve it alone or all alike.
+        ("class", ONE, SHARED, TWO, "copied"),
+        (SHARED, ONE, SHARED, TWO, "copied"),
+        (SHARED, ONE, "class", TWO, "carried"),
+        ("class", ONE, "class", TWO, "carried"),
+        # One class on both sides.
+        (SHARED, ONE, "class", ONE, "copied"),
+        ("class", ONE, SHARED, ONE, "copied"),
+        ("class", ONE, "class", OTHER, "initialised"),
+        ("class", ONE, SHARED, OTHER, "copied"),
+        (SHARED, ONE, SHARED, OTHER, "copied"),
+        # Several on both sides mean two things.
+        (SHARED, MANY, "class", TWO, Cause.AGNOSTIC_IN_FILE),
+        ("class", MANY, SHARED, TWO, Cause.AGNOSTIC_IN_MODEL),
+    ],
+)
+@pytest.mark.parametrize("says", [True, False], ids=["with layouts", "without layouts"])
+def test_one_class_and_agnostic_mean_the_same_values(
+    specific: HeadLayout,
+    agnostic: HeadLayout,
+    file: str,
+    source: ClassTable,
+    model: str,
+    target: ClassTable,
+    expected: str | Cause,
+    says: bool,
 ) -> None:
-    """Eighty classes and one class's worth of rows: agnostic in the file, although the model's shape agrees."""
+    name, rows = specific.tensor, specific.rows_per_class
+    in_file = (rows if file == SHARED else rows * len(source), 8)
+    in_model = (rows if model == SHARED else rows * len(target), 8)
+    of_file, of_model = (agnostic if side == SHARED else specific for side in (file, model))
     plan = make(
-        {CLS.tensor: (81, 8), specific.tensor: (rows, 8)}, {CLS.tensor: (2, 8), specific.tensor: (rows, 8)},
-        [CLS, specific], ClassTable(NAMES), table("c3"),
-    )  # fmt: skip
-    assert set(actions(plan).values()) == {"initialised"}
-    assert causes(plan)[specific.tensor] is Cause.AGNOSTIC_IN_FILE
-    assert "class-agnostic in the file" in by_name(plan)[specific.tensor].reason
+        {CLS.tensor: (len(source) + 1, 8), name: in_file},
+        {CLS.tensor: (len(target) + 1, 8), name: in_model},
+        [CLS, of_model],
+        source,
+        target,
+        source_layouts=[CLS, of_file] if says else [],
+    )
+    if isinstance(expected, Cause):
+        assert set(actions(plan).values()) == {"initialised"}
+        assert causes(plan)[name] is (Cause.OTHER_KIND if says else expected)
+        (lost,) = discarded_heads(plan)
+        assert set(lost.tensors) == {CLS.tensor, name}
+        return
+    assert actions(plan)[name] == expected and actions(plan)[CLS.tensor] in ("copied", "carried")
+    assert discarded_heads(plan) == ()
+    old, new = torch.arange(float(in_file[0] * 8)).view(in_file), -torch.ones(in_model)
+    out = plan.apply(
+        {CLS.tensor: torch.zeros(len(source) + 1, 8), name: old},
+        {CLS.tensor: torch.zeros(len(target) + 1, 8), name: new},
+    )[name]
+    # By hand: which block of the file each block of the model has.
+    for k, block in enumerate(out.view(-1, rows, 8)):
+        mine = target.names[k]
+        theirs = 0 if expected == "copied" else None
+        if expected == "carried" and mine in source.names:
+            theirs = source.names.index(mine)
+        assert torch.equal(block, new.view(-1, rows, 8)[k] if theirs is None else old.view(-1, rows, 8)[theirs])
 
 
-@pytest.mark.parametrize(("specific", "agnostic"), [(BOX, AGNOSTIC), (MASK, AGNOSTIC_MASK)])
-def test_one_class_and_agnostic_of_the_same_shape_are_told_apart_by_provenance(
-    specific: HeadLayout, agnostic: HeadLayout
-) -> None:
-    rows = specific.rows_per_class
-    one, shapes = table("a"), {CLS.tensor: (2, 8), specific.tensor: (rows, 8)}
-    same = make(shapes, shapes, [CLS, specific], one, one, source_layouts=[CLS, specific])
-    assert actions(same)[specific.tensor] == "copied"
-    other = make(shapes, shapes, [CLS, specific], one, one, source_layouts=[CLS, agnostic])
-    assert set(actions(other).values()) == {"initialised"}
-    assert causes(other)[specific.tensor] is Cause.OTHER_KIND
-    assert "class-agnostic in the file" in by_name(other)[specific.tensor].reason
-
-
-@pytest.mark.parametrize("agnostic", [AGNOSTIC, AGNOSTIC_MASK])
-def test_a_one_class_file_without_provenance_in_an_agnostic_model_is_refused(agnostic: HeadLayout) -> None:
-    rows = agnostic.rows_per_class
-    plan = make(
-        {CLS.tensor: (2, 8), agnostic.tensor: (rows, 8)}, {CLS.tensor: (3, 8), agnostic.tensor: (rows, 8)},
-        [CLS, agnostic], table("a"), table("a", "b"),
-    )  # fmt: skip
-    assert [t.name for t in plan.refused] == [agnostic.tensor]
-    assert "carried" not in actions(plan).values(), "the rest of the group must not be half loaded"
-    assert causes(plan) == {CLS.tensor: Cause.GROUP_REFUSED, agnostic.tensor: Cause.ONE_OR_AGNOSTIC}
-    assert by_name(plan)[CLS.tensor].reason == f"its head group is refused at {agnostic.tensor}"
-    with pytest.raises(PlanRefused, match=r"the file knows one class \(a\)"):
-        plan.apply({}, {})
+def test_other_heads_of_one_row_are_not_taken_for_agnostic() -> None:
+    """No config key makes a segmentation head class-agnostic: one row under 54 names is a wrong list."""
+    layout = HeadLayout("s.predictor.weight", "thing", "s")
+    shapes = {layout.tensor: (1, 8)}
+    plan = make(shapes, shapes, [layout], ClassTable(NAMES), table("c3"))
+    assert actions(plan) == {layout.tensor: "initialised"}
 
 
 def test_nine_anchors_of_one_class_and_three_of_three_are_told_apart() -> None:

@@ -9,6 +9,7 @@ from d2_headadapt.adapt.layouts import HeadLayout
 from d2_headadapt.adapt.plan import AdaptPlan, TensorPlan
 from d2_headadapt.adapt.planner import plan_adaptation
 from d2_headadapt.adapt.report import plan_markdown, plan_notices, plan_table, summary_line
+from d2_headadapt.errors import ClassTableError
 
 BOX, MASK = "heads.cls_score.weight", "heads.mask.weight"
 LAYOUTS = (
@@ -36,6 +37,53 @@ def make(
         target_tables={} if target is None else {"thing": target},
         aliases=["lorry=truck"] if source is SOURCE and target is TARGET else [],
     )
+
+
+NASTY = [
+    "\x1b[2J\x1b]0;title\x07",
+    "one\ntwo",
+    "car\rriage",
+    "ca\u200bt",
+    "\u202etac",
+    "\x85line",
+    "\u2028sep",
+    "nul\0",
+]
+
+
+def test_nothing_of_a_name_reaches_a_terminal_or_a_log_raw() -> None:
+    """Beside it, a raw name would: the law must be able to fail."""
+
+    def raw(text: str) -> set[str]:
+        return {c for c in text if not c.isprintable() and c != "\n"}
+
+    names = [*NASTY, "cat"]
+    head = "heads.\x1b[31m.weight"
+    layouts = [HeadLayout(head, "thing", "heads\x07", "box", extra=1), HeadLayout("m\r", "thing", "heads\x07", "mask")]
+    for source, wrong in ((ClassTable(names, "file\x1b"), 0), (ClassTable(names, "file\x1b"), 1), (None, 0)):
+        target = ClassTable([*NASTY[::-1], "owl\x1b"], "model\x1b")
+        file = {head: (len(names) + 1 + wrong, 4), "m\r": (len(names), 4), "other\n\x1b": (3,), "average\x9b": (2, 2)}
+        model = {head: (len(target) + 1, 4), "m\r": (len(target), 4), "other\n\x1b": (2,)}
+        plan = plan_adaptation(
+            file,
+            model,
+            layouts,
+            source_tables={} if source is None else {"thing": source},
+            target_tables={"thing": target},
+        )
+        told = [summary_line(plan), plan_table(plan), plan_table(plan, every_tensor=True), plan_markdown(plan)]
+        told += [text for n in plan_notices(plan) for text in (n.code, n.where, n.found, n.type_this, n.hint)]
+        told += [t.reason for t in plan.tensors]
+        assert [raw(text) for text in told] == [set()] * len(told)
+        assert "\n" not in summary_line(plan) and not any("\n" in t.reason for t in plan.tensors)
+        assert not any(line.startswith("two") for text in told for line in text.splitlines())
+    assert raw(f"heads of {NASTY[0]}")
+
+
+def test_an_error_is_one_line_whatever_it_names() -> None:
+    for name in NASTY:
+        error = ClassTableError(name, expected=name, found=name, fix=name)
+        assert str(error).isprintable() and error.where == name, "a program reads what it is"
 
 
 def test_one_table_by_head_group_with_exact_shapes() -> None:
@@ -144,7 +192,7 @@ def test_markdown_tables_are_whole_whatever_the_names() -> None:
     for block in blocks:
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block}
         assert len(columns) == 1 and re.fullmatch(r"\|( --- \|)+", block[1])
-    assert "<script>" not in text and r"a\|b" in text and r"\`tick\`" in text and "new line" in text
+    assert "<script>" not in text and r"a\|b" in text and r"\`tick\`" in text and r"new\\nline" in text
     assert text.startswith("**") and summary_line(make()).replace("_", r"\_") in plan_markdown(make())
 
 

@@ -187,6 +187,40 @@ def test_a_prefix_of_data_parallel_is_removed(source: nn.Module, tmp_path: Path)
     assert carried_by_name(state_of(source), FIVE, state_of(model), MIXED)
 
 
+@pytest.mark.parametrize("side", ["file", "model"])
+def test_a_compiled_module_is_seen_through(source: nn.Module, tmp_path: Path, side: str) -> None:
+    """In a file of our own too, whose provenance names tensors as the compiled model does."""
+
+    def compiled(model: nn.Module) -> nn.Module:
+        model.roi_heads.box_predictor = torch.compile(model.roi_heads.box_predictor)
+        return model
+
+    old = model_of(FIVE, seed=1, masks=True)
+    HeadAdaptCheckpointer(compiled(old) if side == "file" else old, str(tmp_path)).save("m")
+    new = model_of(MIXED, seed=2, masks=True)
+    new = compiled(new) if side == "model" else new
+    checkpointer = HeadAdaptCheckpointer(new)
+    checkpointer.load(str(tmp_path / "m.pth"))
+    assert checkpointer.plan is not None and checkpointer.plan.coverage == 1.0
+    states = [{n.replace("_orig_mod.", ""): v for n, v in state_of(m).items()} for m in (old, new)]
+    assert carried_by_name(states[0], FIVE, states[1], MIXED)
+
+
+def test_averages_that_moved_and_those_that_could_not_are_said(source: nn.Module, tmp_path: Path) -> None:
+    state = source.state_dict()
+    whole = {
+        "model": state,
+        "ema_model": {"n_averaged": torch.tensor(3), **{f"module.{n}": v for n, v in state.items()}},
+    }
+    torch.save({**whole, "shadow": {"params": list(state.values())}}, tmp_path / "m.pth")
+    with logged("d2_headadapt") as said:
+        adapted(str(tmp_path / "m.pth"), MIXED)
+    assert [text for text in texts(said).splitlines() if "verage" in text or "shadow" in text] == [
+        "Averaged copies of the model went through the same plan: ema_model.",
+        f"shadow/params of {tmp_path / 'm.pth'} holds head tensors of the old classes and was left as it was.",
+    ]
+
+
 def test_a_bare_state_dict_is_a_model(source: nn.Module, tmp_path: Path) -> None:
     torch.save(source.state_dict(), tmp_path / "m.pth")
     model, _ = adapted(str(tmp_path / "m.pth"), MIXED)

@@ -229,21 +229,67 @@ def test_a_group_continues_the_one_that_most_of_it_was_in() -> None:
     assert group_origin(["new"], stored, 0) is None
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"module": s, "decay": 0.9}])
-@pytest.mark.parametrize("key", ["ema_state", "model_ema"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_averages_go_through_the_same_row_map(wrap: Any, key: str, prefix: str) -> None:
+WRAPS: dict[str, Any] = {
+    "ema_state": lambda s: {"ema_state": s},
+    "model_ema": lambda s: {"model_ema": {"module": s, "decay": 0.9}},
+    "ema": lambda s: {"ema": {"state_dict": s, "updates": 3}},
+    "ema_model": lambda s: {"ema_model": s},
+    "teacher": lambda s: {"teacher": s},
+    "state_dict_ema": lambda s: {"state_dict_ema": s},
+    "averaged_model": lambda s: {"averaged_model": {"n_averaged": torch.tensor(4), **s}},
+    "inner model": lambda s: {"ema": {"model": {"model": s}}},
+    "in the trainer": lambda s: {"trainer": {"iteration": 3, "hooks": {"EMA": {"state": s}}}},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_averages_go_through_the_same_row_map(wrap: Any, prefix: str) -> None:
     old, new = Net(4), Net(3)
     average = {prefix + name: value + 1 for name, value in old.state_dict().items()}
-    checkpoint = {key: wrap(average)}
-    assert adapt_averages(checkpoint, plan_of(old, new), new.state_dict()) == [key]
-    out = checkpoint[key].get("module", checkpoint[key])
+    checkpoint = wrap(average)
+    untouched = copy.deepcopy(checkpoint)
+    (place,), left = adapt_averages(checkpoint, plan_of(old, new), new.state_dict())
+    assert left == []
+    out: Any = checkpoint
+    for key in place.split("/"):
+        out, untouched = out[key], untouched[key]
+    assert list(out) == list(untouched), "names stay as whoever reads them expects them"
     weight = out[f"{prefix}cls.weight"]
     assert torch.equal(weight[0], average[f"{prefix}cls.weight"][3]) and torch.equal(
         weight[3], average[f"{prefix}cls.weight"][4]
     )
     assert torch.equal(weight[1], new.cls.weight[1]), "a new row starts where the model's does"
     assert torch.equal(out[f"{prefix}body.weight"], average[f"{prefix}body.weight"])
+    assert "n_averaged" not in untouched or out["n_averaged"] == untouched["n_averaged"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "place"),
+    [
+        (lambda s: {"shadow_params": list(s.values())}, "x/shadow_params"),
+        (lambda s: {name.replace(".", "_"): value for name, value in s.items()}, "x"),
+        (lambda s: {**s, "body.weight": torch.zeros(1, 1)}, "x"),
+    ],
+    ids=["without names", "other names", "other shapes"],
+)
+def test_an_average_that_cannot_be_told_is_named_and_left(entry: Any, place: str) -> None:
+    old, new = Net(4), Net(3)
+    checkpoint = {"x": entry(old.state_dict())}
+    kept = copy.deepcopy(checkpoint)
+    assert adapt_averages(checkpoint, plan_of(old, new), new.state_dict()) == ([], [place])
+    assert str(checkpoint) == str(kept)
+
+
+def test_nothing_is_touched_where_no_class_changed() -> None:
+    old = Net(4)
+    checkpoint = {"ema": old.state_dict(), "list": [torch.zeros(5, 5)]}
+    entries = dict(checkpoint)
+    same = plan_adaptation(
+        shapes(old), shapes(old), LAYOUTS, source_tables={"thing": OLD}, target_tables={"thing": OLD}
+    )
+    assert adapt_averages(checkpoint, same, old.state_dict()) == ([], [])
+    assert all(checkpoint[key] is entries[key] for key in entries)
 
 
 def test_the_mixed_precision_scaler_and_the_iteration_are_kept() -> None:

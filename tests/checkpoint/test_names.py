@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from helpers.files import HEAD, logged, to_caffe2
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import d2_headadapt.checkpoint.keys
 from d2_headadapt.adapt.causes import Cause, Why
-from d2_headadapt.checkpoint.keys import longest_suffix, settle_names, strip_prefix
+from d2_headadapt.checkpoint.keys import longest_suffix, settle_names, unwrapped
 from d2_headadapt.files import read_checkpoint, shapes_of
 
 
@@ -82,10 +83,50 @@ def test_without_heuristics_names_are_exact() -> None:
     assert set(settled.tensors) == {"cls_score.weight"}
 
 
-def test_a_prefix_goes_only_where_every_name_has_it() -> None:
-    assert set(strip_prefix(values(module__a=(1,), module__b=(1,)), "module.")) == {"a", "b"}
-    assert set(strip_prefix(values(module__a=(1,), b=(1,)), "module.")) == {"module.a", "b"}
-    assert strip_prefix({}, "module.") == {}
+MODEL = ["backbone.stem.weight", "backbone.stem.bias", "roi_heads.cls.weight"]
+
+
+@pytest.mark.parametrize(
+    ("file", "model"),
+    [
+        (MODEL, MODEL),
+        ([f"module.{n}" for n in MODEL], MODEL),
+        ([f"module.module.{n}" for n in MODEL], MODEL),
+        ([f"_orig_mod.{n}" for n in MODEL], MODEL),
+        (["backbone._orig_mod.stem.weight", "backbone._orig_mod.stem.bias", MODEL[2]], MODEL),
+        (["_orig_mod.module.backbone.stem.weight", *(f"_orig_mod.module.{n}" for n in MODEL[1:])], MODEL),
+        (["_fsdp_wrapped_module.backbone._fsdp_wrapped_module.stem.weight", *MODEL[1:]], MODEL),
+        (["backbone._checkpoint_wrapped_module.stem.weight", *MODEL[1:]], MODEL),
+        ([f"_forward_module.model.{n}" for n in MODEL], MODEL),
+        ([f"model.{n}" for n in MODEL], MODEL),
+        ([f"net.detector.{n}" for n in MODEL], MODEL),
+        # The live model is the wrapped one.
+        (MODEL, [f"_orig_mod.{n}" for n in MODEL]),
+        ([f"module.{n}" for n in MODEL], ["backbone._orig_mod.stem.weight", "backbone._orig_mod.stem.bias", MODEL[2]]),
+    ],
+)
+def test_wrappers_are_seen_through(file: list[str], model: list[str]) -> None:
+    tensors = {name: torch.full((1,), float(i)) for i, name in enumerate(file)}
+    settled = settle_names(tensors, dict.fromkeys(model, (1,)))
+    assert {name: int(value) for name, value in settled.tensors.items()} == {name: i for i, name in enumerate(model)}
+    assert settled.file_names == {m: f for f, m in zip(file, model, strict=True) if f != m}
+
+
+def test_what_stands_beside_a_wrapped_model_keeps_its_name() -> None:
+    assert unwrapped(["n_averaged", *(f"module.{n}" for n in MODEL)], MODEL)["n_averaged"] == "n_averaged"
+    assert unwrapped(["module.a", "module.b"], MODEL) == {"module.a": "a", "module.b": "b"}
+    assert unwrapped(["module.a", "b"], MODEL) == {"module.a": "module.a", "b": "b"}
+    assert unwrapped([], MODEL) == {}
+
+
+def test_of_a_teacher_and_a_student_neither_is_taken() -> None:
+    names = [f"{side}.{n}" for side in ("teacher", "student") for n in MODEL]
+    assert unwrapped(names, MODEL) == {name: name for name in names}
+
+
+def test_two_names_that_would_become_one_stay_two() -> None:
+    names = ["backbone._orig_mod.stem.weight", *MODEL]
+    assert unwrapped(names, MODEL) == {name: name for name in names}
 
 
 def test_a_suffix_starts_after_a_dot() -> None:

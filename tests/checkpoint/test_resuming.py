@@ -80,6 +80,40 @@ def test_a_resume_with_another_class_list_is_refused_by_default_and_changes_noth
     assert not trainer.optimizer.state
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (
+            Trainer,
+            AdamTrainer,
+            "AdamW (amsgrad, betas, eps), found that of another optimizer (dampening, momentum, nesterov)",
+        ),
+        (
+            AdamTrainer,
+            Trainer,
+            "SGD (dampening, momentum, nesterov), found that of another optimizer (amsgrad, betas, eps)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("classes", [OLD, NEW])
+def test_another_optimizer_is_refused_and_nothing_is_changed(
+    tmp_path: Path, first: type[Trainer], second: type[Trainer], words: str, classes: list[str]
+) -> None:
+    train(first, cfg_for(tmp_path, OLD, 1), resume=False)
+    trainer = second(cfg_for(tmp_path, classes, 4, RESUME="adapt"))
+    kept = state_of(trainer.checkpointer.model)
+    with pytest.raises(ResumeError) as caught:
+        trainer.resume_or_load(resume=True)
+    assert str(caught.value) == (
+        f"optimizer state of {tmp_path / 'out' / 'model_final.pth'}: expected that of {words}. Go on with the "
+        "optimizer that the run was trained with, or start a new run from this file: without --resume, with it as "
+        "MODEL.WEIGHTS and another OUTPUT_DIR."
+    )
+    now = state_of(trainer.checkpointer.model)
+    assert all(torch.equal(now[name], kept[name]) for name in kept)
+    assert not trainer.optimizer.state
+
+
 def test_a_plain_resume_is_stocks(tmp_path: Path) -> None:
     """The same list: every moment comes back, and the run ends where one uninterrupted run would count."""
     before = train(Trainer, cfg_for(tmp_path, OLD, 3), resume=False)
@@ -119,7 +153,7 @@ def test_nothing_left_to_train_and_shadowed_weights_are_said(tmp_path: Path) -> 
     trainer = Trainer(cfg)
     with logged("d2_headadapt") as records:
         trainer.resume_or_load(resume=True)
-    assert "Nothing is left to train: 2 of SOLVER.MAX_ITER 2 iterations are done." in texts(records)
+    assert "Nothing is left to train: 2 of 2 iterations are done." in texts(records)
     assert "Set SOLVER.MAX_ITER higher." in texts(records)
     assert f"MODEL.WEIGHTS {tmp_path / 'elsewhere.pth'} is not read" in texts(records)
     assert [r.levelno for r in records if "Nothing is left" in r.getMessage()] == [logging.WARNING]

@@ -91,13 +91,9 @@ def test_training_sets_that_disagree_are_an_error_even_then(animals: str) -> Non
 @pytest.mark.parametrize(
     ("keys", "error", "words"),
     [
-        (
-            {"MATCH": "names"},
-            ConfigError,
-            "MODEL.HEAD_ADAPT.MATCH: expected 'name' or 'position' or 'position_over_names', found",
-        ),
+        ({"MATCH": "names"}, ConfigError, "MODEL.HEAD_ADAPT.MATCH: expected 'name' or 'position' or .*, found 'names'"),
         ({"TARGET_CLASSES": 80}, ClassTableError, "MODEL.HEAD_ADAPT.TARGET_CLASSES: .*found 80 .int.*quotes"),
-        ({"TARGET_CLASSES": ["cat", "Cat"]}, ClassTableError, "TARGET_CLASSES: .*'cat' and 'Cat'"),
+        ({"TARGET_CLASSES": ["cat", "cat"]}, ClassTableError, "TARGET_CLASSES: .*'cat' twice"),
         ({"SOURCE_CLASSES": []}, ClassTableError, "SOURCE_CLASSES: expected at least one class name, found none"),
         ({"SOURCE_CLASSES": "cocoo"}, ClassTableError, "MODEL.HEAD_ADAPT.SOURCE_CLASSES: .*Vocabularies: coco"),
         ({"TARGET_CLASSES_STUFF": "voc"}, ClassTableError, "vocabulary 'voc': expected a table for the space 'stuff'"),

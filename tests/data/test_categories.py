@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.files import logged, texts
 
 from d2_headadapt.data import categories as module
 from d2_headadapt.data.categories import keypoint_names, read_categories, read_names
@@ -194,3 +195,13 @@ def test_cut_out_categories_are_those_of_the_whole_file(real: Path, whole: list[
     expected = sorted(content["categories"], key=lambda category: category["id"])
     assert read_categories(str(path)) == expected
     assert whole == []
+
+
+def test_a_name_with_a_hash_in_a_txt(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_bytes(b"# my classes\r\n#\r\n#!made by hand\r\n\\#1\r\ncat # small\r\nc#\r\n#2\r\n \r\nb\xc2\x85c\r\n")
+    with logged("d2_headadapt") as said:
+        assert read_names(str(path), "thing", "KEY") == ["#1", "cat # small", "c#", "b\x85c"]
+    assert texts(said) == (
+        f"{path}: #2 is taken as a comment; write \\#2 where it is a class, or '# ' before a comment."
+    )

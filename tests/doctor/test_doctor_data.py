@@ -140,8 +140,8 @@ CASES: list[tuple[str, str, str, Change, Change | None, tuple[str, ...]]] = [
         (),
     ),
     ("HA209", "note", "2 of 6", empty_images, without("area"), ()),
-    ("HA211", "error", "'Cat'", on("categories", name="Cat"), on("categories", name="Cats"), ()),
-    ("HA211", "error", "7", on("categories", name=7), on("categories", name="7"), ()),
+    ("HA211", "error", "'cat'", on("categories", name="cat"), on("categories", name="Cat"), ()),
+    ("HA211", "error", "None", on("categories", name=None), on("categories", name=7), ()),
     ("HA213", "error", "any annotation", without("segmentation"), None, MASKS),
     ("HA213", "error", "1 of 12", without("segmentation", first=True), on("annotations", area=1), MASKS),
     (

@@ -105,11 +105,28 @@ def test_a_head_of_unknown_classes_is_a_warning_that_names_the_key(folder: Path)
     assert "MODEL.HEAD_ADAPT.SOURCE_CLASSES" in found.fix
 
 
+def test_a_trained_head_that_is_thrown_away_is_a_warning(tmp_path: Path) -> None:
+    cfg = tiny_cfg(masks=False)
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    cfg.MODEL.HEAD_ADAPT.TARGET_CLASSES = ANIMALS
+    HeadAdaptCheckpointer(build_seeded(cfg), str(tmp_path), save_to_disk=True).save("agnostic")
+    (found,) = findings(config(tmp_path / "agnostic.pth"), "HA312")
+    assert codes([found]) == [("HA312", "warning")]
+    assert found.found == (
+        "4 tensors of roi_heads keep the model's initial values: class-agnostic in the file, 4 rows per class in the "
+        "model"
+    )
+    assert found.fix == (
+        "Build the head as the file has it, or name it in MODEL.HEAD_ADAPT.EXCLUDE if it is to be trained anew."
+    )
+    assert findings(config(tmp_path / "agnostic.pth", EXCLUDE=["roi_heads.box_predictor.*"]), "HA312") == []
+
+
 def test_another_list_of_the_same_length_is_seen(folder: Path) -> None:
     (by_name,) = findings(config(folder / "own.pth", TARGET_CLASSES=TOOLS))
     assert codes([by_name]) == [("HA304", "note")]
     assert "row 0 is 'cat' in the file and 'axe' in the model" in by_name.found
-    (by_position,) = findings(config(folder / "own.pth", TARGET_CLASSES=TOOLS, MATCH="position"))
+    (by_position,) = findings(config(folder / "own.pth", TARGET_CLASSES=TOOLS, MATCH="position_over_names"))
     assert codes([by_position]) == [("HA304", "warning")]
     assert findings(config(folder / "own.pth", TARGET_CLASSES=ANIMALS[:4]), "HA304") == []
 

@@ -24,6 +24,7 @@ from helpers.commands import ROOT
 from helpers.fit import SETTINGS, scene, scenes, tiny_model
 from helpers.models import build_seeded, same_bits, state_of
 from helpers.real import fbnet_c4
+from PIL import Image
 
 from d2_headadapt.errors import ConfigError, LayoutError
 from d2_headadapt.fit import FitHook, FitReport, FitSettings, fit_new_rows, mapper_at_test_size
@@ -289,7 +290,31 @@ def test_images_that_cannot_be_read_are_reported_and_passed_over() -> None:
 
     report = fit_new_rows(tiny_model("standard"), scenes(12), mapper, new={"thing": (0, 1, 2)}, settings=SETTINGS)
     assert report.skipped == (("3", "image file is truncated"),) and report.images == 11
-    assert "1 images could not be read" in report.line() and report.solved
+    assert report.line().endswith("; 1 images passed over (the first: 3, image file is truncated)") and report.solved
+
+
+def test_nan_in_features_says_nan() -> None:
+    def mapper(entry: dict[str, Any]) -> dict[str, Any]:
+        mapped = scene(entry)
+        if entry["image_id"] in (3, 5):
+            mapped["image"] = mapped["image"].float() * (torch.nan if entry["image_id"] == 3 else torch.inf)
+        return mapped
+
+    report = fit_new_rows(tiny_model("standard"), scenes(12), mapper, new={"thing": (0, 1, 2)}, settings=SETTINGS)
+    told = dict(report.skipped)
+    assert told["3"].startswith("the backbone gives NaN in ") and report.images == 10 and report.solved
+    assert "the first: 3, the backbone gives NaN in " in report.line()
+
+
+def test_an_image_past_pillows_limit_is_passed_over() -> None:
+    def mapper(entry: dict[str, Any]) -> dict[str, Any]:
+        if entry["image_id"] == 3:
+            raise Image.DecompressionBombError("Image size (400000000 pixels) exceeds limit")
+        return scene(entry)
+
+    report = fit_new_rows(tiny_model("standard"), scenes(12), mapper, new={"thing": (0, 1, 2)}, settings=SETTINGS)
+    assert report.images == 11 and report.solved
+    assert report.skipped[0][1].endswith(" pixels that Pillow opens: cut it into tiles, or scale it down")
 
 
 def test_images_with_rare_classes_come_first() -> None:

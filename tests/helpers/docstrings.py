@@ -19,6 +19,9 @@ _OTHER_ENDINGS = re.compile(r"(?<!s)s$|ed$|ing$|tion$|ment$|ness$|ity$|ly$")
 LOOK_ALIKE = frozenset(("apply", "bring", "embed", "feed", "need"))
 """Verbs with such an ending."""
 
+BEFORE_A_CLAUSE = frozenset(("ask", "say", "tell", "warn"))
+"""Verbs that such a word may follow: ``Say that``, ``Warn of``."""
+
 
 def is_imperative(line: str) -> bool:
     """Tell whether a first line begins with a verb that says what to do."""
@@ -28,6 +31,6 @@ def is_imperative(line: str) -> bool:
         return False
     if _OTHER_ENDINGS.search(word) and word not in LOOK_ALIKE:
         return False
-    if word in ("say", "tell", "warn"):
+    if word in BEFORE_A_CLAUSE:
         return True
     return not rest or rest[0].rstrip(",:") not in AFTER_A_NOUN

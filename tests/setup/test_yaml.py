@@ -245,3 +245,54 @@ def test_every_key_is_listed_with_its_path() -> None:
 def test_a_full_gpu_is_no_wrong_key() -> None:
     with pytest.raises(torch.cuda.OutOfMemoryError, match="full"), building():
         raise torch.cuda.OutOfMemoryError("full")
+
+
+APPLY = "!!python/object/apply:os.mkdir ['{mark}']"
+CODE = {
+    "apply": APPLY,
+    "new": "!!python/object/new:pathlib.PosixPath ['{mark}']",
+    "name": "!!python/name:os.system",
+    "module": "!!python/module:os",
+    "object": "!!python/object:builtins.object {{}}",
+    "of somebody's own": "!mine 3",
+    "written out": "!<tag:yaml.org,2002:python/name:os.system> ''",
+}
+
+
+@pytest.mark.parametrize("value", CODE.values(), ids=CODE)
+@pytest.mark.parametrize("base", [False, True])
+def test_a_yaml_runs_nothing(tmp_path: Path, value: str, base: bool) -> None:
+    mark = tmp_path / "ran"
+    path = write(tmp_path / "a.yaml", f"OUTPUT_DIR: out\nMODEL:\n  WEIGHTS: {value.format(mark=mark)}\n")
+    asked = write(tmp_path / "child.yaml", "_BASE_: a.yaml\n") if base else path
+    with pytest.raises(ConfigError) as caught:
+        load_config(asked)
+    assert caught.value.where == f"{path}, line 3"
+    assert caught.value.expected == "plain values" and caught.value.found.endswith(", which may run code")
+    assert caught.value.fix == (
+        "Write the value itself. If you know the author, add MODEL.HEAD_ADAPT.TRUST_FILE True to the command."
+    )
+    assert not mark.exists()
+
+
+def test_a_yaml_cannot_say_of_itself_that_it_is_trusted(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    text = f"MODEL:\n  HEAD_ADAPT:\n    TRUST_FILE: True\n  WEIGHTS: {APPLY.format(mark=mark)}\n"
+    path = write(tmp_path / "a.yaml", text)
+    for opts in ([], ["MODEL.HEAD_ADAPT.TRUST_FILE", "False"]):
+        with pytest.raises(ConfigError, match="line 4: expected plain values, found the tag !!python/object/apply"):
+            load_config(path, opts)
+    assert not mark.exists()
+    # It returns nothing, which yacs takes for any key.
+    load_config(path, ["MODEL.HEAD_ADAPT.TRUST_FILE", "True"])
+    assert mark.exists()
+
+
+def test_tags_that_say_no_more_than_yaml_does_are_read(tmp_path: Path) -> None:
+    text = (
+        "SOLVER:\n  STEPS: !!python/tuple [3, !!python/int '5']\n  BASE_LR: !!python/float 0.5\n"
+        "OUTPUT_DIR: !!python/str out\nMODEL:\n  ANCHOR_GENERATOR:\n    SIZES: !!python/tuple [!!python/list [8, 16]]\n"
+    )
+    cfg = load_config(write(tmp_path / "a.yaml", text))
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.BASE_LR, cfg.OUTPUT_DIR) == ((3, 5), 0.5, "out")
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[8, 16]]

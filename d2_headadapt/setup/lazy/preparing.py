@@ -18,13 +18,14 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from ...adapt.classes import ClassTable
+from ...adapt.detectron2_heads import CHOICES
 from ...config.registries import registered
 from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ...data.task_datasets import training_dicts
 from ...data.task_mapper import TaskMapper
 from ...data.task_spec import TaskSpec, task_specs
 from ...errors import ConfigError
-from ...key import HEAD_ADAPT, Form, speaking
+from ...key import HEAD_ADAPT, Form, Key, speaking
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from ...modeling.roi_heads import HeadAdaptMixin
@@ -85,6 +86,7 @@ def prepare(
     settings = settle_config(cfg, reads_labels=reads_labels, required=required, region_width=_region_width(lazy.model))
     if known:
         settings = replace(settings, target={**known, **settings.target})
+    settings = replace(settings, agnostic=_agnostic_keys(lazy.model))
     apply_num_classes(cfg, settings.target)
     # A classifier of images without one of its heads would be another model.
     specs = task_specs(cfg, required=required and (reads_labels or _is_kind(lazy.model, MultiTaskClassifier)))
@@ -123,6 +125,14 @@ def _predictors(model: DictConfig) -> list[tuple[DictConfig, DictConfig, bool]]:
             if _is_kind(node, FastRCNNOutputLayers):
                 found.append((heads, node, i + 1 == len(nodes)))
     return found
+
+
+def _agnostic_keys(model: DictConfig) -> frozenset[Key]:
+    """List the yaml keys that would make boxes or masks class-agnostic as this tree does."""
+    boxes = any(node.get("cls_agnostic_bbox_reg", False) for _, node in calls(model))
+    masks = bool(agnostic_masks(find_counts(model)))
+    chosen = {"FastRCNNOutputLayers": boxes, "MaskRCNNConvUpsampleHead": masks}
+    return frozenset(CHOICES[name] for name, is_agnostic in chosen.items() if is_agnostic)
 
 
 def _is_kind(node: Any, kind: type) -> bool:
