@@ -1,4 +1,4 @@
-"""d2_headadapt: keep every weight that still means something when a detectron2 model gets another class list.
+"""Fine-tune a detectron2 checkpoint on another class list: weights move to the right row by class name.
 
 Names are imported when they are first asked for, so that ``import d2_headadapt`` costs next to nothing; the components
 that configs name are registered with detectron2 all the same (:mod:`d2_headadapt.deferred`).
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from .modeling.text.nearest import plan_nearest as plan_nearest
     from .modeling.text.predictor import HeadAdaptTextOutputLayers as HeadAdaptTextOutputLayers
     from .setup.build import build_on_meta as build_on_meta
-    from .setup.lazy import load as load_lazy_config  # noqa: F401
+    from .setup.lazy import load_lazy_config as load_lazy_config
     from .setup.lazy import prepare as prepare_lazy_config  # noqa: F401
     from .setup.yaml import load_config as load_config
     from .setup.yaml import resolve_config as resolve_config
@@ -96,7 +96,7 @@ _HOMES = {
     "fit_rows": "engine.own_loop",
     "layouts_of": "adapt.detectron2_heads",
     "load_config": "setup.yaml",
-    "load_lazy_config": "setup.lazy:load",
+    "load_lazy_config": "setup.lazy",
     "match_classes": "adapt.matching",
     "match_tables": "adapt.planner",
     "plan_adaptation": "adapt.planner",

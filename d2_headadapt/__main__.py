@@ -1,4 +1,4 @@
-"""``python -m d2_headadapt``."""
+"""Run the command line as ``python -m d2_headadapt``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Imports that wait until somebody needs them: names of a package, and the components that a config names.
+"""Delay imports until somebody needs them: names of a package, and the components that a config names.
 
 A config names them (``MODEL.ROI_HEADS.NAME: HeadAdaptROIHeads``), so they must be registered after a plain
 ``import d2_headadapt``. Registering needs ``detectron2.modeling``, and that needs torch. Who builds a model imports
@@ -40,7 +40,7 @@ def _import_registering() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: asks the finders after it, and adds a last step to what they found."""
+    """A finder that finds nothing itself: it asks those after it, and adds a last step to what they found."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -57,14 +57,14 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads as ``found`` does, and then registers."""
+    """A loader that loads as ``found`` does, and then registers."""
 
     def __init__(self, found: Loader, finder: _Finder) -> None:
         self.found = found
         self.finder = finder
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else is asked of a loader, such as the source."""
+        """Answer whatever else is asked of a loader, such as the source."""
         return getattr(self.found, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

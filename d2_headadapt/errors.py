@@ -44,7 +44,7 @@ __all__ = [
 
 
 def visible(text: str) -> str:
-    """``text`` in one line that shows what is in it: whatever is not printable, a line's end too, as its escape.
+    """Show ``text`` in one line: whatever is not printable, a line's end too, as its escape.
 
     Names of classes and tensors come from files. Raw, ``\\x1b[2J`` in one clears a terminal, a newline forges a line of
     a log, and a zero-width space makes two names look alike.
@@ -163,7 +163,7 @@ class Finding:
         return f"{self.severity} {self.code}: {self.error}"
 
     def to_json(self) -> dict[str, str]:
-        """Plain types: ``code``, ``severity``, ``where``, ``found``, ``expected`` and ``fix``."""
+        """Write plain types: ``code``, ``severity``, ``where``, ``found``, ``expected`` and ``fix``."""
         fields = ("code", "severity", "where", "found", "expected", "fix")
         return {name: getattr(self, name) for name in fields}
 

@@ -81,7 +81,7 @@ class Form(enum.Enum):
 
 
 def form_of(config_file: str) -> Form:
-    """The form of a ``--config-file``; what is no ``.py`` is a yaml, also where there is none."""
+    """Tell the form of a ``--config-file``; what is no ``.py`` is a yaml, also where there is none."""
     return Form.LAZY if config_file.endswith(".py") else Form.YAML
 
 
@@ -89,7 +89,7 @@ _in_use = Form.YAML
 
 
 def form_in_use() -> Form:
-    """The form of the config that the running command was given; a yaml's by default."""
+    """Return the form of the config that the running command was given; a yaml's by default."""
     return _in_use
 
 
@@ -105,7 +105,7 @@ def speaking(form: Form) -> Iterator[None]:
 
 
 def shown(text: object, form: Form | None = None) -> str:
-    """``text`` as ``form`` names its keys; ``None``: as the form in use does."""
+    """Render ``text`` as ``form`` names its keys; ``None``: as the form in use does."""
     group = 1 if (form or _in_use) is Form.YAML else 2
     return _TOKEN.sub(lambda match: match[group], f"{text}")
 
@@ -169,15 +169,15 @@ class Key(Either):
         return (Key, (self.yaml,))
 
     def set(self, value: object) -> Either:
-        """The key with a value, as a command line has it: ``KEY value``, or ``key=value``."""
+        """Write the key with a value, as a command line has it: ``KEY value``, or ``key=value``."""
         return Either(f"{self.yaml} {_typed(value, Form.YAML)}", self._lazy_setting(value))
 
     def write(self, value: object) -> Either:
-        """The key with a value, as a file has it: ``KEY: value``; in a LazyConfig's form ``key=value``."""
+        """Write the key with a value, as a file has it: ``KEY: value``; in a LazyConfig's form ``key=value``."""
         return Either(f"{self.yaml}: {shown(_flow(value), Form.YAML)}", self._lazy_setting(value))
 
     def is_on(self) -> Either:
-        """That a switch is on."""
+        """Write the key as a switch that is on."""
         return Either(f"{self.yaml} is True", SWITCHES[self.yaml][1])
 
     def _lazy_setting(self, value: object) -> str:
@@ -189,7 +189,7 @@ class Key(Either):
         return f"{self.lazy}={_typed(value, Form.LAZY)}"
 
     def of(self, cfg: Mapping[str, Any], default: Any = None) -> Any:
-        """The value under this key in a yaml config, ``default`` where there is no such key."""
+        """Look up the value under this key in a yaml config, ``default`` where there is no such key."""
         node: Any = cfg
         for name in self.yaml.split("."):
             if not isinstance(node, Mapping) or name not in node:
@@ -220,7 +220,7 @@ def _lazy_name(yaml: str) -> str:
 
 
 def _typed(value: object, form: Form) -> str:
-    """A value as it is typed behind a key in a shell; a text is taken as it is."""
+    """Quote a value as it is typed behind a key in a shell; a text is taken as it is."""
     if isinstance(value, Mapping):
         return shown(f"{pairs(value)}", form)
     if isinstance(value, (list, tuple)):
@@ -229,7 +229,7 @@ def _typed(value: object, form: Form) -> str:
 
 
 def pairs(value: Mapping[str, object], name: str = "") -> Either:
-    """A mapping as a file holds it: ``{on: box}`` in a yaml, ``dict(on="box")`` in a LazyConfig.
+    """Write a mapping as a file holds it: ``{on: box}`` in a yaml, ``dict(on="box")`` in a LazyConfig.
 
     Args:
         value: text, numbers, truth values, lists and mappings of them.

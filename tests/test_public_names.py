@@ -21,33 +21,13 @@ from typing import Any
 
 import pytest
 from helpers.commands import ROOT
+from helpers.docstrings import is_imperative
 
 import d2_headadapt
 from d2_headadapt import errors
 from d2_headadapt.errors import UsageError
 
 PACKAGES = ("d2_headadapt", *(f"d2_headadapt.{name}" for name in ("data", "engine", "errors", "export", "fit")))
-NO_VERBS = {
-    *("a", "all", "an", "any", "as", "at", "by", "each", "every", "for", "how", "in", "it", "like", "no", "of", "on"),
-    *(
-        "one",
-        "only",
-        "our",
-        "stock's",
-        "that",
-        "the",
-        "these",
-        "this",
-        "what",
-        "when",
-        "where",
-        "whether",
-        "which",
-        "who",
-    ),
-}
-ENDS_IN_S = {"Pass", "Process"}
-"""Verbs that only look like a third person."""
 
 
 def modules() -> list[ModuleType]:
@@ -130,13 +110,6 @@ def test_every_exception_is_public() -> None:
 
 def first_line(text: str | None) -> str:
     return (inspect.cleandoc(text or "").splitlines() or [""])[0]
-
-
-def is_imperative(line: str) -> bool:
-    """Whether a first line begins with a verb that tells what to do: no other kind of word, and not ``Returns``."""
-    word = line.split(" ")[0].rstrip(".,:")
-    verb = re.fullmatch(r"[A-Z][a-z]+(-[a-z]+)?", word) and word.lower() not in NO_VERBS
-    return bool(verb) and (not word.endswith("s") or word in ENDS_IN_S)
 
 
 def constant_docs(module: str) -> dict[str, str]:
@@ -267,21 +240,6 @@ def test_mutation_arguments_and_exceptions_are_asked_for() -> None:
         raise UsageError("x", expected="y", found="z", fix="w")
 
     assert list(function_faults("f", cut)) == ["f: says nothing of by", "f: does not say that it raises UsageError"]
-
-
-@pytest.mark.parametrize(
-    ("line", "right"),
-    [
-        ("Read a file.", True),
-        ("Reads a file.", False),
-        ("Re-solve rows.", True),
-        ("The file.", False),
-        ("``x`` of y.", False),
-        ("Pass it on.", True),
-    ],
-)
-def test_what_an_imperative_is(line: str, right: bool) -> None:
-    assert is_imperative(line) == right
 
 
 # ------------------------------------------------------------------------------------- docs, configs and tools use it

@@ -1,1 +1,1 @@
-"""The pure core: class tables, layouts, and the plan of what happens to every tensor. No I/O, no config."""
+"""Decide what happens to every tensor: class tables, head layouts, plans. Pure functions: no I/O, no config."""

@@ -1,4 +1,4 @@
-"""Why a plan does what it does to a tensor: a cause and the facts to it, and the sentence that people read.
+"""Causes of what a plan does to a tensor, as values to decide by, and the sentence that people read.
 
 The planner decides with values of this module and everybody who acts on a decision reads them; :func:`sentence` is the
 only place where they become English, and no code reads that.
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 class Cause(str, Enum):
-    """Why a tensor is taken, left or refused; the value stands in a plan's JSON.
+    """The reason why a tensor is taken, left or refused; the value stands in a plan's JSON.
 
     Example:
         >>> from d2_headadapt import Cause
@@ -93,12 +93,12 @@ class Cause(str, Enum):
 
     @property
     def meant(self) -> bool:
-        """The values that the model's constructor made are the right ones: nothing of them is random."""
+        """Whether the values that the model's constructor made are the right ones: nothing of them is random."""
         return self in (Cause.REBUILT, Cause.GIVEN_BY_TEXT, Cause.NO_CLASS_BUT_TEXT)
 
     @property
     def by_user(self) -> bool:
-        """A config key asks to leave the tensor out."""
+        """Whether a config key asks to leave the tensor out."""
         return self in (Cause.EXCLUDED, Cause.NOT_INCLUDED, Cause.FORCED_NONE)
 
 
@@ -141,7 +141,7 @@ class Why:
     text: str = ""
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the cause, in plain types, as far as it says something."""
+        """Return everything but the cause, in plain types, as far as it says something."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cause"}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -214,7 +214,7 @@ SENTENCES: Mapping[Cause, str] = {
 
 
 def sentence(why: Why, *, root: bool = False) -> str:
-    """The cause in words, without a full stop; empty where there is nothing to say.
+    """Render the cause in words, without a full stop; empty where there is nothing to say.
 
     Args:
         why: cause and facts.

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .discovery import AxisSize, Cause, ClassSized, CountFamily, Evidence, Found, Refusal, Shape
+from .discovery import AxisSize, ClassSized, CountFamily, Evidence, Found, Refusal, RefusalCause, Shape
 from .layouts import HeadLayout
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What a built model tells about one tensor besides its values.
+    """Facts of one tensor of a built model, besides its values.
 
     Args:
         shape: as built.
@@ -98,7 +98,7 @@ def _class_names(module: nn.Module) -> Iterator[str]:
 
 
 def _stated_anchors(module: nn.Module) -> int:
-    """``num_anchors`` of a head or an anchor generator, where it is one number for every feature map."""
+    """Read ``num_anchors`` of a head or an anchor generator, where it is one number for every feature map."""
     for name in ("num_anchors", "num_cell_anchors"):
         stated = getattr(module, name, None)
         numbers = set(stated) if isinstance(stated, (list, tuple)) else {stated}
@@ -138,7 +138,7 @@ def class_sized(
 
 
 def _stems(name: str) -> list[str]:
-    """The name with one of its numbers left out, once for each number."""
+    """Return the name with one of its numbers left out, once for each number."""
     parts = name.split(".")
     return [".".join([*parts[:i], "*", *parts[i + 1 :]]) for i, part in enumerate(parts) if part.isdigit()]
 
@@ -223,7 +223,7 @@ class _Verdict:
 
 
 def _readings(axis: AxisSize) -> list[_Meaning]:
-    """Every meaning that an axis may have by its size alone, the commonest first."""
+    """List every meaning that an axis may have by its size alone, the commonest first."""
     before_or_after = [_Meaning(extra=axis.rest), _Meaning(offset=axis.rest)] if axis.rest else [_Meaning()]
     if axis.slope == 1:
         return before_or_after
@@ -232,7 +232,7 @@ def _readings(axis: AxisSize) -> list[_Meaning]:
 
 
 class _Reader:
-    """Decides what the class-sized tensors of one model mean."""
+    """The reader of what the class-sized tensors of one model mean."""
 
     def __init__(
         self, facts: Mapping[str, TensorFacts], sized: Mapping[str, ClassSized], odd: Mapping[str, int]
@@ -248,7 +248,7 @@ class _Reader:
     # The place of a tensor.
 
     def _layer(self, name: str) -> tuple[str, str]:
-        """``(path of its parent, name of the layer)``; numbers of lists are passed over."""
+        """Split off ``(path of its parent, name of the layer)``; numbers of lists are passed over."""
         path = self.facts[name].owner.split(".") if self.facts[name].owner else []
         while path and path[-1].isdigit():
             path.pop()
@@ -258,21 +258,21 @@ class _Reader:
         return {full.rpartition(".")[2] for p, names in self.facts[name].around if p == path for full in names}
 
     def _inside(self, name: str, module: str, cls: str) -> str | None:
-        """The path below the innermost module of a framework class or a subclass; ``None`` where there is none."""
+        """Return the path below the innermost module of a framework class or a subclass; ``None`` without one."""
         for path, names in reversed(self.facts[name].around):
             if any(full.rpartition(".")[2] == cls and module in full.rpartition(".")[0] for full in names):
                 return name[len(path) + 1 :] if path else name
         return None
 
     def output(self, sized: ClassSized) -> AxisSize | None:
-        """The axis that makes predictions, where the layer tells which it is."""
+        """Find the axis that makes predictions, where the layer tells which it is."""
         axis = _OUTPUT.get(self.facts[sized.tensor].kind, sized.axes[0].axis) if len(sized.shape) > 1 else 0
         return next((a for a in sized.axes if a.axis == axis), None)
 
     # What leaves one meaning.
 
     def read(self, sized: ClassSized, axis: AxisSize) -> list[_Verdict] | list[_Meaning]:
-        """One verdict, or every meaning that is left."""
+        """Give one verdict on an axis, or every meaning that is left."""
         meanings = _readings(axis)
         if len(meanings) == 1:
             return [_Verdict(meanings[0], Evidence.ONE_MEANING)]
@@ -316,7 +316,7 @@ class _Reader:
             yield _Verdict(last, Evidence.KNOWN_HEAD, head.source)
 
     def _weighs(self, witness: str, sized: ClassSized) -> bool:
-        """A vector of loss weights speaks for a classifier that is the only one of its name with an extra row."""
+        """Tell whether a vector holds loss weights of a classifier: the only one of its name with an extra row."""
         weights = self.sized[witness]
         if weights.space != sized.space or self.facts[sized.tensor].kind not in ("linear", "conv"):
             return False
@@ -355,7 +355,7 @@ class _Reader:
         return ""
 
     def _regressor_in(self, parent: str, anchors: int) -> str:
-        """A box regressor of the same module that serves all classes alike and has four or five numbers per anchor."""
+        """Find a class-agnostic box regressor of the same module, with four or five numbers per anchor."""
         for name, fact in self.facts.items():
             if name in self.sized or fact.kind not in ("conv", "linear") or len(fact.shape) < 2:
                 continue
@@ -367,35 +367,35 @@ class _Reader:
     # One tensor.
 
     def decide(self, sized: ClassSized) -> Found | Refusal:
-        """The tensor's layout by its own evidence, or why it has none."""
+        """Decide the tensor's layout by its own evidence, or say why it has none."""
         fact = self.facts[sized.tensor]
         if not sized.axes:
-            return Refusal(sized, Cause.ONE_TENSOR_PER_CLASS if sized.one_per_class else Cause.NOT_AFFINE)
+            return Refusal(sized, RefusalCause.ONE_TENSOR_PER_CLASS if sized.one_per_class else RefusalCause.NOT_AFFINE)
         vector = not sized.parameter and fact.shape[sized.axes[0].axis] == _numel(fact.shape)
         if vector and fact.kind != "norm":
             axis = sized.axes[0]
             return Found(sized, self._one_axis(sized, axis, _readings(axis)[0], rebuilt=True), Evidence.BUFFER)
         if sized.tensor.startswith(self.hidden):
-            return Refusal(sized, Cause.HIDDEN_WIDTH)
+            return Refusal(sized, RefusalCause.HIDDEN_WIDTH)
         read = {axis: self.read(sized, axis) for axis in sized.axes}
         verdicts = {axis: found[0] for axis, found in read.items() if isinstance(found[0], _Verdict)}
         if len(verdicts) < len(read):
             open_axis = next(axis for axis in read if axis not in verdicts)
             is_input = len(sized.shape) > 1 and _INPUT.get(fact.kind) == open_axis.axis
-            cause = Cause.FEATURES_OR_CLASSES_FIRST if is_input else Cause.TWO_MEANINGS
+            cause = RefusalCause.FEATURES_OR_CLASSES_FIRST if is_input else RefusalCause.TWO_MEANINGS
             return Refusal(sized, cause, self._meanings(sized, read))
         layout = self.layout(sized, {axis: verdict.meaning for axis, verdict in verdicts.items()})
         if layout is None:
-            return Refusal(sized, Cause.NO_LAYOUT_SAYS_IT)
+            return Refusal(sized, RefusalCause.NO_LAYOUT_SAYS_IT)
         told = max(verdicts.values(), key=lambda verdict: verdict.evidence is not Evidence.ONE_MEANING)
         if not sized.parameter and fact.kind != "norm":
             if not any(head.given and sized.tensor.endswith(head.module) for head in KNOWN_HEADS):
-                return Refusal(sized, Cause.CARRIED_OR_REBUILT, (layout,))
+                return Refusal(sized, RefusalCause.CARRIED_OR_REBUILT, (layout,))
             layout = replace(layout, given="file")
         return Found(sized, layout, told.evidence, told.witness)
 
     def _hidden_places(self) -> tuple[str, ...]:
-        """Where an input or a normalisation is as wide as the class count: what feeds it need not predict classes."""
+        """List where an input or a norm is as wide as the class count: what feeds it need not predict classes."""
         places = []
         for name, sized in self.sized.items():
             fact = self.facts[name]
@@ -414,7 +414,7 @@ class _Reader:
         return tuple(layout for layout in layouts if layout is not None)
 
     def layout(self, sized: ClassSized, meanings: Mapping[AxisSize, _Meaning]) -> HeadLayout | None:
-        """One layout for all axes; ``None`` where they do not go together."""
+        """Join the axes to one layout; ``None`` where they do not go together."""
         one, *others = meanings.items()
         if any((m.groups, m.extra) != (one[1].groups, one[1].extra) for _, m in others):
             return None
@@ -440,7 +440,7 @@ class _Reader:
         )
 
     def _group(self, sized: ClassSized) -> str:
-        """What all tensors of one count key have in common; that key where it is nothing."""
+        """Name what all tensors of one count key have in common; that key where it is nothing."""
         owners = [
             self.facts[x.tensor].owner.split(".")
             for x in self.sized.values()
@@ -472,10 +472,10 @@ def read_layouts(
     decided = {x.tensor: reader.decide(x) for x in own.values()}
     twice = {x.tensor for x in sized if x is not own[x.tensor]}
     for name in twice:
-        decided[name] = Refusal(own[name], Cause.TWO_COUNTS)
+        decided[name] = Refusal(own[name], RefusalCause.TWO_COUNTS)
     for _ in range(2):  # A bias from its weight, then the same layer of other stages from it.
         for name, refusal in list(decided.items()):
-            if isinstance(refusal, Refusal) and refusal.cause is Cause.TWO_MEANINGS:
+            if isinstance(refusal, Refusal) and refusal.cause is RefusalCause.TWO_MEANINGS:
                 decided[name] = _inherit(refusal, reader, decided)
     ordered = [decided[name] for name in facts if name in decided]
     refused = [x for x in ordered if isinstance(x, Refusal)]
@@ -486,7 +486,7 @@ def read_layouts(
 
 
 def _inherit(refusal: Refusal, reader: _Reader, decided: Mapping[str, Found | Refusal]) -> Found | Refusal:
-    """What another tensor of the same layer, or the same layer of another stage, says about the predicting axis."""
+    """Take the predicting axis from another tensor of the same layer, or from the same layer of another stage."""
     name, mine = refusal.sized.tensor, reader.output(refusal.sized)
     fact = reader.facts[name]
     places = {reader._layer(name)} if any(part.isdigit() for part in fact.owner.split(".")) else set()
@@ -506,7 +506,7 @@ def _inherit(refusal: Refusal, reader: _Reader, decided: Mapping[str, Found | Re
 
 
 def _pattern(refusal: Refusal, refused: Sequence[Refusal], facts: Iterable[str]) -> str:
-    """The tensor's name with ``*`` for numbers, where that matches nothing but tensors of the same meanings."""
+    """Replace numbers in the tensor's name by ``*``, where that matches only tensors of the same meanings."""
     name = refusal.sized.tensor
     wide = ".".join("*" if part.isdigit() else part for part in name.split("."))
     kinds = {x.sized.tensor: [(m.axes, m.rows_per_class, m.groups, m.extra) for m in x.meanings] for x in refused}

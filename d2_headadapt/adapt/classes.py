@@ -40,13 +40,13 @@ def normalise(name: str) -> str:
 
 
 def is_unnamed(name: str) -> bool:
-    """Whether a name only says which row of a head has none, see :meth:`ClassTable.padded`."""
+    """Tell whether a name only says which row of a head has none, see :meth:`ClassTable.padded`."""
     start, _, number = name.rpartition(" ")
     return start == _UNNAMED and number.isdecimal()
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """Up to ``count`` of ``names`` that look like ``name``, best first; for error messages."""
+    """Find up to ``count`` of ``names`` that look like ``name``, best first; for error messages."""
     by_norm: dict[str, str] = {}
     for candidate in names:
         by_norm.setdefault(normalise(candidate), candidate)
@@ -55,7 +55,7 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A sentence for the end of an error message, or an empty string where nothing is near."""
+    """Make a sentence for the end of an error message, or an empty string where nothing is near."""
     found = nearest(name, names)
     return f" Nearest: {', '.join(repr(f) for f in found)}." if found else ""
 
@@ -102,12 +102,12 @@ class ClassTable:
 
     @cached_property
     def index(self) -> Mapping[str, int]:
-        """Exact name -> class index."""
+        """Class index by exact name."""
         return {name: i for i, name in enumerate(self.names)}
 
     @cached_property
     def normalised_index(self) -> Mapping[str, int]:
-        """Normalised name -> class index, as far as one class alone has it."""
+        """Class index by normalised name, as far as one class alone has it."""
         found: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
             found.setdefault(normalise(name), []).append(i)
@@ -119,7 +119,7 @@ class ClassTable:
         return tuple(name for name in self.names if not is_unnamed(name))
 
     def padded(self, count: int) -> ClassTable:
-        """The table of a head of ``count`` classes, of which the first have these names and the rest have none.
+        """Return the table of a head of ``count`` classes, of which the first have these names and the rest have none.
 
         Example:
             >>> from d2_headadapt import ClassTable
@@ -136,7 +136,7 @@ class ClassTable:
 
 
 def shorten(names: Sequence[str], most: int = 6) -> str:
-    """``names`` as one short line: the first few and how many more there are."""
+    """Put ``names`` into one short line: the first few and how many more there are."""
     shown = ", ".join(map(visible, names[:most]))
     return shown if len(names) <= most else f"{shown}, ... ({len(names) - most} more)"
 
@@ -168,7 +168,7 @@ def _check_names(names: tuple[str, ...], origin: str) -> None:
 
 @dataclass(frozen=True)
 class ClassMap:
-    """For each target class, the source class whose weights it takes, or ``None``.
+    """A map from each target class to the source class whose weights it takes, or ``None``.
 
     Args:
         source: the table that the weights were trained on.
@@ -214,10 +214,10 @@ class ClassMap:
 
     @property
     def is_identity(self) -> bool:
-        """Every class keeps its index, none is new and none is dropped; names may differ."""
+        """Whether every class keeps its index, none is new and none is dropped; names may differ."""
         return len(self.source) == len(self.target) and all(t == s for t, s in enumerate(self.rows))
 
     @property
     def is_same(self) -> bool:
-        """Both tables have the same names in the same order, and every class keeps its rows."""
+        """Whether both tables have the same names in the same order, and every class keeps its rows."""
         return self.is_identity and self.source.names == self.target.names

@@ -30,13 +30,13 @@ def _thing_group(context: ModuleContext) -> str:
 
 
 def _pair(context: ModuleContext, child: str, space: str, group: str, **kinds: Any) -> Iterator[HeadLayout]:
-    """The same layout for a layer's weight and bias, where each exists."""
+    """Give a layer's weight and bias, where each exists, the same layout."""
     for leaf in ("weight", "bias"):
         yield HeadLayout(f"{context.name}.{child}.{leaf}".lstrip("."), space, group, **kinds)
 
 
 def _agnostic(module: nn.Module, rows: int, rows_per_class: int, num_classes: int) -> bool:
-    """The shape decides; of one class, what the constructor or :func:`declare_agnostic` left on the module."""
+    """Tell by the shape; of one class, by what the constructor or :func:`declare_agnostic` left on the module."""
     return rows != num_classes * rows_per_class or (num_classes == 1 and bool(getattr(module, "cls_agnostic", False)))
 
 
@@ -65,7 +65,7 @@ def declare_agnostic(model: nn.Module, keys: Collection[Key]) -> None:
     "detectron2.modeling.roi_heads.fast_rcnn.FastRCNNOutputLayers", needs=("box2box_transform.weights", "num_classes")
 )
 def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/roi_heads/fast_rcnn.py``: K + 1 rows with background last, boxes class-major (4, or 5 rotated)."""
+    """Describe ``roi_heads/fast_rcnn.py``: K + 1 rows with background last, boxes class-major (4, or 5 rotated)."""
     group = _thing_group(context)
     part = "box_predictor"
     if isinstance(getattr(module, "cls_score", None), nn.Module):
@@ -82,7 +82,7 @@ def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
 
 @register_by_path("detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead", needs=("predictor.out_channels",))
 def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
+    """Describe ``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
     owner = context.owner(*ROI_HEADS)
     num_classes = int(getattr(owner[1], "num_classes", 0)) if owner else module.predictor.out_channels
     agnostic = _agnostic(module, module.predictor.out_channels, 1, num_classes)
@@ -94,7 +94,7 @@ def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     "detectron2.modeling.meta_arch.retinanet.RetinaNetHead", needs=("cls_score", "bbox_pred.out_channels")
 )
 def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/meta_arch/retinanet.py`` and ``fcos.py``: row = anchor x K + class; boxes know no class."""
+    """Describe ``meta_arch/retinanet.py`` and ``fcos.py``: row = anchor x K + class; boxes are class-agnostic."""
     anchors = module.bbox_pred.out_channels // 4
     group = context.name or "thing"
     yield from _pair(context, "cls_score", "thing", group, part="head", groups=anchors)
@@ -103,7 +103,7 @@ def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
 
 @register_by_path("detectron2.modeling.roi_heads.keypoint_head.KRCNNConvDeconvUpsampleHead", needs=("score_lowres",))
 def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/roi_heads/keypoint_head.py``: a transposed convolution, so output channels are axis 1."""
+    """Describe ``roi_heads/keypoint_head.py``: a transposed convolution, so output channels are axis 1."""
     weight, bias = _pair(context, "score_lowres", "keypoint", context.name or "keypoint", part="keypoint_head")
     yield HeadLayout(weight.tensor, weight.space, weight.group, weight.part, axes=((1, 0),))
     yield bias
@@ -115,7 +115,7 @@ def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
     "deeplab.semantic_seg.DeepLabV3PlusHead",
 )
 def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """``modeling/meta_arch/semantic_seg.py`` and the DeepLab project: one channel per class, no background row."""
+    """Describe ``meta_arch/semantic_seg.py`` and DeepLab: one channel per class, no background row."""
     if isinstance(getattr(module, "predictor", None), nn.Module):
         owner = context.owner("PointRendSemSegHead")
         group = owner[0] if owner else context.name
@@ -124,7 +124,7 @@ def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
 
 @register_by_path("point_rend.mask_head.ConvFCHead", needs=("output_shape", "prediction"))
 def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """PointRend ``mask_head.py``: the last linear layer is viewed as (K, side, side).
+    """Describe PointRend's ``mask_head.py``: the last linear layer is viewed as (K, side, side).
 
     Implicit PointRend predicts the weights and biases of a small network instead: its last layer's (K, channels)
     weights and K biases stand at the end of the weights and of the biases.
@@ -146,7 +146,7 @@ def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLay
     needs=("fc_layers", "predictor.out_channels", "predictor.in_channels", "coarse_pred_each_layer"),
 )
 def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
-    """PointRend ``point_head.py``: the coarse prediction's K channels follow the features in every layer's input."""
+    """Describe PointRend's ``point_head.py``: K coarse channels follow the features in every layer's input."""
     semantic = context.owner("PointRendSemSegHead")
     if semantic is not None:
         space, group, part = "stuff", semantic[0] or "stuff", "sem_seg_head"

@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 class Evidence(str, Enum):
-    """What left one meaning for a class-sized tensor."""
+    """The evidence that left one meaning for a class-sized tensor."""
 
     ONE_MEANING = "one_meaning"
     """One row per class and nothing else."""
@@ -46,8 +46,8 @@ class Evidence(str, Enum):
     """The training loss treats these rows as those of one class."""
 
 
-class Cause(str, Enum):
-    """Why a class-sized tensor got no layout."""
+class RefusalCause(str, Enum):
+    """The reason why a class-sized tensor got no layout."""
 
     TWO_MEANINGS = "two_meanings"
     FEATURES_OR_CLASSES_FIRST = "features_or_classes_first"
@@ -60,14 +60,14 @@ class Cause(str, Enum):
 
 
 _CAUSES = {
-    Cause.TWO_MEANINGS: "the shape has more than one meaning",
-    Cause.FEATURES_OR_CLASSES_FIRST: "the input is features and classes, in either order",
-    Cause.CARRIED_OR_REBUILT: "a buffer that a file may fill or the constructor may compute",
-    Cause.HIDDEN_WIDTH: "a hidden width follows the class count there, so the rows need not be classes",
-    Cause.NOT_AFFINE: "the size is no multiple of the class count plus a rest",
-    Cause.TWO_COUNTS: "two class counts decide the size",
-    Cause.ONE_TENSOR_PER_CLASS: "there is one such tensor per class",
-    Cause.NO_LAYOUT_SAYS_IT: "the axes differ in their extra rows, which no layout can say",
+    RefusalCause.TWO_MEANINGS: "the shape has more than one meaning",
+    RefusalCause.FEATURES_OR_CLASSES_FIRST: "the input is features and classes, in either order",
+    RefusalCause.CARRIED_OR_REBUILT: "a buffer that a file may fill or the constructor may compute",
+    RefusalCause.HIDDEN_WIDTH: "a hidden width follows the class count there, so the rows need not be classes",
+    RefusalCause.NOT_AFFINE: "the size is no multiple of the class count plus a rest",
+    RefusalCause.TWO_COUNTS: "two class counts decide the size",
+    RefusalCause.ONE_TENSOR_PER_CLASS: "there is one such tensor per class",
+    RefusalCause.NO_LAYOUT_SAYS_IT: "the axes differ in their extra rows, which no layout can say",
 }
 
 
@@ -137,7 +137,7 @@ class Refusal:
     """
 
     sized: ClassSized
-    cause: Cause
+    cause: RefusalCause
     meanings: tuple[HeadLayout, ...] = ()
     pattern: str = ""
 
@@ -152,7 +152,7 @@ class Refusal:
         return _CAUSES[self.cause]
 
     def error(self) -> LayoutError:
-        """This refusal as an exception that names both meanings and the lines that declare one."""
+        """Make an exception that names both meanings and the lines that declare one."""
         spelt = " or ".join(f"{line}  # {_spelt(m)}" for line, m in zip(self.lines, self.meanings, strict=True))
         return LayoutError(
             self.sized.tensor,
@@ -202,7 +202,7 @@ class CountFamily:
 
 @dataclass(frozen=True)
 class Discovery:
-    """What building a model at several class counts says about its class axes.
+    """The result of building a model at several class counts: where its class axes are.
 
     Args:
         families: the count keys that size tensors.
@@ -237,15 +237,15 @@ class Discovery:
 
     @property
     def complete(self) -> bool:
-        """No key was stuck and no tensor went unseen: a tensor that is not named here serves all classes alike."""
+        """Whether no key was stuck and no tensor unseen: then a tensor that is not named here serves all classes."""
         return not self.stuck and not self.unprobed
 
     def saw(self, tensor: str) -> bool:
-        """Whether it would have been noticed that a tensor follows a class count."""
+        """Tell whether this search would have noticed that a tensor follows a class count."""
         return not self.stuck and tensor not in self.unprobed
 
     def describe(self) -> list[str]:
-        """Lines for people: one per family of keys, then the refused, the stuck and the idle."""
+        """Put the result into lines: one per family of keys, then the refused, the stuck and the idle."""
         lines = []
         for family in self.families:
             mine = [x.layout for x in self.found if x.sized.key == family.keys[0]]
@@ -264,7 +264,7 @@ class Discovery:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """The plain form; :meth:`from_json` reads it."""
+        """Write the plain form; :meth:`from_json` reads it."""
         plain: dict[str, Any] = asdict(self)
         for entry in plain["found"]:
             entry["evidence"] = entry["evidence"].value
@@ -283,7 +283,9 @@ class Discovery:
                     for x in data["found"]
                 ),
                 refused=tuple(
-                    Refusal(_sized(x["sized"]), Cause(x["cause"]), tuple(map(_layout, x["meanings"])), x["pattern"])
+                    Refusal(
+                        _sized(x["sized"]), RefusalCause(x["cause"]), tuple(map(_layout, x["meanings"])), x["pattern"]
+                    )
                     for x in data["refused"]
                 ),
                 idle=tuple(data["idle"]),
@@ -301,7 +303,7 @@ class Discovery:
 
 
 def _folded(tensors: Iterable[tuple[str, str]]) -> str:
-    """Tensors with what is said of each; those that differ in numbers and last word only are one."""
+    """Join tensors that differ in numbers and last word only, each with what is said of it."""
     stems: dict[tuple[str, str], dict[str, None]] = {}
     for name, said in tensors:
         stem, _, leaf = ".".join("*" if part.isdigit() else part for part in name.split(".")).rpartition(".")
@@ -325,7 +327,7 @@ def _layout(entry: Mapping[str, Any]) -> HeadLayout:
 
 
 def _spelt(layout: HeadLayout) -> str:
-    """Like ``HeadLayout.describe``, which does not tell what stands before the classes."""
+    """Describe a layout, with what stands before the classes, which ``HeadLayout.describe`` does not tell."""
     before = [entry[1] for entry in layout.axes if entry[1]]
     return layout.describe() + (f", {before[0]} before the classes" if before else "")
 
@@ -340,7 +342,7 @@ def _line(pattern: str, layout: HeadLayout) -> str:
 
 
 class Conflict(str, Enum):
-    """How a declared layout and the shapes disagree."""
+    """A way in which a declared layout and the shapes disagree."""
 
     NOT_CLASS_SIZED = "not_class_sized"
     AGNOSTIC_BUT_CLASS_SIZED = "agnostic_but_class_sized"
@@ -365,7 +367,7 @@ class Disagreement:
     read: HeadLayout | None = None
 
     def error(self) -> LayoutError:
-        """This disagreement as an exception."""
+        """Make an exception of this disagreement."""
         seen = "a shape that follows no class count"
         if self.read is not None:
             seen = f"{_spelt(self.read)} ({self.sized.sizes if self.sized else ''})"
@@ -446,6 +448,6 @@ def settle_layouts(declared: Iterable[HeadLayout], found: Discovery) -> tuple[He
 
 
 def undeclared(declared: Iterable[HeadLayout], found: Discovery) -> tuple[Refusal, ...]:
-    """The refused tensors that no declared layout decides: what a load must not take by position."""
+    """List the refused tensors that no declared layout decides: what a load must not take by position."""
     claimed = {layout.tensor for layout in declared}
     return tuple(refusal for refusal in found.refused if refusal.sized.tensor not in claimed)

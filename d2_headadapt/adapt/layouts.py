@@ -1,4 +1,4 @@
-"""Where classes live in the tensors of a model.
+"""Head layouts: where classes live in the tensors of a model.
 
 A *class axis* of a tensor is laid out as::
 
@@ -26,7 +26,7 @@ from ..errors import LayoutError
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Where the classes of one tensor are.
+    """The layout of one tensor: where its classes are.
 
     Args:
         tensor: its name in the model's ``state_dict``.
@@ -71,7 +71,7 @@ class HeadLayout:
 
     @property
     def agnostic(self) -> bool:
-        """The tensor is no larger for more classes."""
+        """Whether the tensor is class-agnostic: no larger for more classes."""
         return not self.axes
 
     @property
@@ -80,7 +80,7 @@ class HeadLayout:
         return all(entry[0] != 0 for entry in self.axes)
 
     def read_as(self, *, serves_all: bool) -> HeadLayout:
-        """This layout of a tensor of one class, read as class-agnostic or as the rows of that class."""
+        """Read this one-class layout as class-agnostic where ``serves_all``, else as the rows of that class."""
         inputs = tuple(entry for entry in self.axes if entry[0] != 0)
         return replace(self, axes=inputs if serves_all else ((0, 0), *inputs))
 
@@ -90,7 +90,7 @@ class HeadLayout:
         return tuple(dict.fromkeys(entry[0] for entry in self.axes))
 
     def _blocks(self, axis: int) -> list[tuple[int, int]]:
-        """``(rows before the block, rows per class)`` of each class block on ``axis``."""
+        """List ``(rows before the block, rows per class)`` of each class block on ``axis``."""
         return [
             (entry[1], entry[2] if len(entry) > 2 else self.rows_per_class) for entry in self.axes if entry[0] == axis
         ]

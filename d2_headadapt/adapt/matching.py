@@ -86,7 +86,7 @@ def match_classes(
 
 
 def parse_aliases(aliases: Sequence[str], target: ClassTable, source: ClassTable) -> dict[int, int]:
-    """``"target=source"`` strings as class indices, checked against both tables."""
+    """Read ``"target=source"`` strings as class indices, checked against both tables."""
     found: dict[int, int] = {}
     for alias in aliases:
         where = f"{HEAD_ADAPT.ALIASES}, {alias!r}"
@@ -114,7 +114,7 @@ def parse_aliases(aliases: Sequence[str], target: ClassTable, source: ClassTable
 
 
 def alias_sides(alias: str) -> list[tuple[str, str]]:
-    """Every way to part ``"target=source"``: names may hold ``=`` themselves, and then the tables decide."""
+    """Split ``"target=source"`` in every way: names may hold ``=`` themselves, and then the tables decide."""
     parts = str(alias).split("=")
     pairs = [("=".join(parts[:i]).strip(), "=".join(parts[i:]).strip()) for i in range(1, len(parts))]
     return [(left, right) for left, right in pairs if left and right]

@@ -1,4 +1,4 @@
-"""What happens to every tensor when a checkpoint meets a model: computed from names and shapes alone, then applied.
+"""Plans: what happens to every tensor when a checkpoint meets a model, computed from names and shapes, then applied.
 
     plan_adaptation(names, shapes, layouts, tables) -> AdaptPlan
     AdaptPlan.apply(tensors of the file, tensors of the model) -> new state dict
@@ -35,7 +35,7 @@ ACTIONS = ("copied", "carried", "initialised", "kept", "dropped", "refused")
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What happens to one tensor; class numbers are indices into the tables of ``space``.
+    """The decision on one tensor; class numbers are indices into the tables of ``space``.
 
     Args:
         name: its name in the model, or in the file where it is dropped.
@@ -72,12 +72,12 @@ class TensorPlan:
 
     @property
     def cause(self) -> Cause:
-        """Why, as a value to decide by."""
+        """The cause, as a value to decide by."""
         return self.why.cause
 
     @property
     def reason(self) -> str:
-        """Why, in words for people."""
+        """The reason in words, for people only."""
         return sentence(self.why)
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class AdaptPlan:
 
     @property
     def loads_nothing(self) -> bool:
-        """No tensor of the model takes anything from the file."""
+        """Whether no tensor of the model takes anything from the file."""
         return not self.by_action("copied", "carried")
 
     def class_map(self, space: str) -> ClassMap | None:
@@ -188,7 +188,7 @@ class AdaptPlan:
         )
 
     def _is_as_it_was(self, t: TensorPlan) -> bool:
-        """Rebuilt by the constructor, or embeddings that it takes from its text file, of the same classes."""
+        """Tell whether a tensor is rebuilt, or embeddings from its text file, of the same classes."""
         found = self.maps.get(t.space or "")
         same_classes = t.source_shape == t.target_shape and (found is None or found.is_identity)
         return t.cause is Cause.REBUILT or (t.cause is Cause.GIVEN_BY_TEXT and same_classes)
@@ -210,7 +210,7 @@ class AdaptPlan:
         return self._share(self.tensors)
 
     def coverage_by_submodule(self) -> dict[str, tuple[int, int]]:
-        """Top-level submodule of the file's names -> (tensors that find a place, tensors in the file)."""
+        """Count by top-level submodule of the file: (tensors with a place in the model, tensors in the file)."""
         parts: dict[str, list[TensorPlan]] = {}
         for t in self.tensors:
             if t.source_shape is not None:
@@ -350,7 +350,7 @@ def _checked_map(source: ClassTable, target: ClassTable, rows: tuple[int | None,
 def _rows_of_tensors(
     tensors: Iterable[TensorPlan], source: Mapping[str, ClassTable], target: Mapping[str, ClassTable]
 ) -> dict[str, list[int | None]]:
-    """The class maps of a plan that was written before plans kept them: by label space, as its tensors show them."""
+    """Rebuild the class maps of a plan written before plans kept them, from what its tensors show."""
     found: dict[str, list[int | None]] = {}
     for t in sorted(tensors, key=lambda t: t.action == "initialised"):
         rows = dict(t.carried)
@@ -421,7 +421,7 @@ def check_finite(t: TensorPlan, value: torch.Tensor, layout: HeadLayout | None, 
 
 
 def carried_or_copied(space_map: ClassMap) -> str:
-    """The action of a matched, class-sized tensor."""
+    """Name the action of a matched, class-sized tensor."""
     return "copied" if space_map.is_identity else "carried"
 
 
@@ -480,7 +480,7 @@ def _write(out: torch.Tensor, moved: torch.Tensor, places: list[tuple[int, torch
 
 
 def new_rows_mask(layout: HeadLayout, classes: ClassMap, shape: tuple[int, ...]) -> torch.Tensor:
-    """Which elements of a target tensor belong to a new class: bool, of ``shape``."""
+    """Mark the elements of a target tensor that belong to a new class: bool, of ``shape``."""
     mask = torch.zeros(shape, dtype=torch.bool)
     for axis in layout.class_axes:
         mask.index_fill_(axis, layout.rows(classes.new, len(classes.target), axis), True)

@@ -1,4 +1,4 @@
-"""How a plan is made: from names, shapes, layouts and class tables, never from values.
+"""Make a plan from names, shapes, layouts and class tables, never from values.
 
 Head groups are decided in :mod:`d2_headadapt.adapt.planner`; everything else goes by name and shape.
 """
@@ -19,14 +19,14 @@ from .vocabularies import reviewed_pairs, synonyms_of
 
 
 def source_key(space: str) -> Key:
-    """The config key that names the source classes of a label space."""
+    """Name the config key of the source classes of a label space."""
     if space not in KEY_SUFFIXES:
         return TASKS[space].source_classes
     return HEAD_ADAPT[f"SOURCE_CLASSES{KEY_SUFFIXES[space]}"]
 
 
 def target_key(space: str) -> Key:
-    """The config key that names the target classes of a label space."""
+    """Name the config key of the target classes of a label space."""
     if space not in KEY_SUFFIXES:
         return TASKS[space].classes
     return HEAD_ADAPT[f"TARGET_CLASSES{KEY_SUFFIXES[space]}"]
@@ -34,7 +34,7 @@ def target_key(space: str) -> Key:
 
 @dataclass
 class _Misfit:
-    """Why a group cannot be taken, and at which tensor that shows."""
+    """The cause why a group cannot be taken, and the tensor that shows it."""
 
     tensor: str
     why: Why
@@ -56,7 +56,7 @@ class HeadGroup:
     excluded: Mapping[str, Why]
 
     def plan(self) -> list[TensorPlan]:
-        """Decide for every member."""
+        """Decide for every member of the group."""
         carried = [m for m in self.members if not m.rebuilt]
         plans = [self._entry(m, "kept", verified=True, why=Why(Cause.REBUILT)) for m in self.members if m.rebuilt]
         absent = self._absent_parts(carried)
@@ -104,7 +104,7 @@ class HeadGroup:
         return plans
 
     def reading(self, m: HeadLayout) -> HeadLayout:
-        """The layout by which a tensor is taken that a config key makes class-specific or agnostic.
+        """Choose the layout of a tensor that a config key makes class-specific or agnostic.
 
         At one class the two are the same values, in the file as in the model, so that either is right; where both
         sides have one class and it is another one, what either side says of itself decides.
@@ -164,7 +164,7 @@ class HeadGroup:
         return _Misfit(members[0].tensor, Why(Cause.FORCED_NONE, key=source_key(members[0].space).yaml))
 
     def _misfit(self, members: Sequence[HeadLayout]) -> _Misfit | None:
-        """The first thing that keeps the group from being taken; differences of kind come before counts."""
+        """Find the first thing that keeps the group from being taken; differences of kind come before counts."""
         for m in members:
             if m.tensor not in self.source_shapes:
                 return _Misfit(m.tensor, Why(Cause.PART_MISSING))
@@ -195,12 +195,12 @@ class HeadGroup:
         return Cause.OTHER_ANCHORS if m.groups > 1 else Cause.OTHER_SHAPE
 
     def _at(self, m: HeadLayout, cause: Cause) -> Why:
-        """A cause with the shapes of a tensor that both sides have."""
+        """Make a cause with the shapes of a tensor that both sides have."""
         in_file, in_model = self.source_shapes[m.tensor], self.target_shapes[m.tensor]
         return Why(cause, source_shape=tuple(in_file), target_shape=tuple(in_model))
 
     def _unknown_side(self, m: HeadLayout) -> tuple[str, str]:
-        """The side whose classes are unknown, and the key that names them."""
+        """Find the side whose classes are unknown, and the key that names them."""
         return ("model", target_key(m.space).yaml) if m.space in self.sources else ("file", source_key(m.space).yaml)
 
     def _known(self, m: HeadLayout, in_file: Shape, in_model: Shape) -> _Misfit | None:
@@ -409,7 +409,7 @@ def match_tables(
 
 
 def _maps_in_use(tensors: Iterable[TensorPlan], maps: Mapping[str, ClassMap]) -> dict[str, ClassMap]:
-    """The matched maps as far as tensors follow them; where a space's heads all start afresh, every class is new."""
+    """Keep the maps that tensors follow; where a space's heads all start afresh, every class is new."""
     follow: set[str | None] = set()
     afresh: set[str | None] = set()
     for t in tensors:
@@ -431,7 +431,7 @@ def _name_by_position(
     sources: dict[str, ClassTable],
     initialise: Collection[str],
 ) -> None:
-    """Position needs no names: an unnamed file gets a table of the count that its classifier shows."""
+    """Name an unnamed file's classes by position, as many as its classifier shows."""
     for layout in layouts:
         shape = source_shapes.get(layout.tensor)
         count = layout.num_classes(shape) if shape is not None and layout.axes and not layout.rebuilt else None

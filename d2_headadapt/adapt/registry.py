@@ -1,4 +1,4 @@
-"""Which module has which layout: detectron2's modules by class, third parties' by class or by tensor name."""
+"""Layout functions by module: detectron2's modules by class, third parties' by class or by tensor name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .layouts import HeadLayout
 
 @dataclass(frozen=True)
 class ModuleContext:
-    """What a layout function may ask about the module it describes.
+    """The questions that a layout function may ask about the module it describes.
 
     Args:
         name: the module's name in the model.
@@ -27,7 +27,7 @@ class ModuleContext:
     owners: tuple[tuple[str, nn.Module], ...]
 
     def owner(self, *class_names: str) -> tuple[str, nn.Module] | None:
-        """The innermost enclosing module of one of these classes (or a subclass), by class name."""
+        """Find the innermost enclosing module of one of these classes (or a subclass), by class name."""
         for name, module in reversed(self.owners):
             if _mro_names(module).intersection(class_names):
                 return name, module
@@ -52,7 +52,7 @@ class ClassLayout:
     needs: tuple[str, ...] = ()
 
     def suits(self, module: nn.Module) -> bool:
-        """Whether a module has what the function reads."""
+        """Tell whether a module has what the function reads."""
         return all(_has(module, path) for path in self.needs)
 
 
@@ -187,7 +187,7 @@ def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
 
 
 def has_layout(cls: object) -> bool:
-    """Whether modules of a class describe themselves, or a function is registered for it or a base class of it."""
+    """Tell whether modules of a class describe themselves, or a function is registered for it or a base class."""
     return callable(getattr(cls, "head_layouts", None)) or any(
         _path(base) in _BY_CLASS for base in getattr(cls, "__mro__", ())
     )

@@ -1,4 +1,4 @@
-"""Plans and results in words: one line, a table, GitHub-style tables, JSON. Pure functions from a plan to text."""
+"""Render plans as text: one line, a table, GitHub-style tables, JSON. Pure functions from a plan to text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALIAS_MOST = 12
 
 @dataclass(frozen=True, eq=False)
 class Notice(Finding):
-    """Something of a plan that a user should look at before anything runs.
+    """A fact of a plan that a user should look at before anything runs.
 
     Its code is ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh);
     ``where`` says what happens, in one sentence without a full stop, and ``found`` is the plan's reason.
@@ -55,7 +55,7 @@ def _notice(code: str, what: str, why: str, type_this: str, hint: str, tensors: 
 
 
 def summary_line(plan: AdaptPlan) -> str:
-    """What was carried and what is new, by label space, and what happened to the tensors, in one line."""
+    """Say in one line what was carried and what is new, by label space, and what happened to the tensors."""
     parts: list[str] = []
     summary = plan.summary()
     for space, count in summary["classes"].items():
@@ -115,7 +115,7 @@ def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = T
 
 
 def plan_markdown(plan: AdaptPlan) -> str:
-    """The same as GitHub-style tables, for TensorBoard's text tab and for pull requests."""
+    """Put a plan into GitHub-style tables, for TensorBoard's text tab and for pull requests."""
     notices = plan_notices(plan)
     parts = [f"**{_markdown(summary_line(plan))}**"]
     for number, notice in enumerate(notices, 1):
@@ -134,12 +134,12 @@ def plan_markdown(plan: AdaptPlan) -> str:
 
 
 def plan_json(plan: AdaptPlan) -> str:
-    """The stable JSON of a plan."""
+    """Write the stable JSON of a plan."""
     return json.dumps(plan.to_json(), indent=1, ensure_ascii=False) + "\n"
 
 
 def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
-    """What a user should look at, worst first, each with what to type."""
+    """List what a user should look at, worst first, each with what to type."""
     notices = []
     for t in plan.refused:
         refused_here = Why(Cause.GROUP_REFUSED, blame=t.name)
@@ -181,34 +181,34 @@ def discarded_heads(plan: AdaptPlan) -> tuple[Notice, ...]:
 
 
 def plan_spaces(plan: AdaptPlan) -> list[str]:
-    """The label spaces that the plan's tensors or tables name, and the tasks that only the file has, sorted."""
+    """List the label spaces that the plan's tensors or tables name, and the tasks that only the file has, sorted."""
     used = {t.space for t in plan.tensors if t.space is not None}
     return sorted(used | {space for space in plan.target if space in plan.source} | set(removed_tasks(plan)))
 
 
 def removed_tasks(plan: AdaptPlan) -> list[str]:
-    """Tasks of the file that the model does not have."""
+    """List the tasks of the file that the model does not have."""
     return sorted(plan.source.keys() - {layout.space for layout in plan.layouts} - set(SPACES))
 
 
 def added_tasks(plan: AdaptPlan) -> list[str]:
-    """Tasks of the model that the file does not have."""
+    """List the tasks of the model that the file does not have."""
     found = {layout.space for layout in plan.layouts} & plan.target.keys()
     return sorted(found - plan.source.keys() - set(SPACES) - {t.space for t in plan.tensors if t.source_shape})
 
 
 def shape_text(shape: Sequence[int] | None) -> str:
-    """``(81, 1024)``; a dash where there is no tensor."""
+    """Write a shape as ``(81, 1024)``; a dash where there is no tensor."""
     return "-" if shape is None else "(" + ", ".join(map(str, shape)) + ")"
 
 
 def is_head(t: TensorPlan) -> bool:
-    """The tensor belongs to a label space."""
+    """Tell whether the tensor belongs to a label space."""
     return t.space is not None
 
 
 def _grouped(tensors: Iterable[TensorPlan]) -> dict[tuple[str, Why], list[TensorPlan]]:
-    """Tensors by head group and by what is at the root of what happens to the group."""
+    """Collect tensors by head group and by the root cause of what happens to the group."""
     found: dict[tuple[str, Why], list[TensorPlan]] = {}
     without_group: Why | None = None
     for t in tensors:
@@ -221,7 +221,7 @@ def _grouped(tensors: Iterable[TensorPlan]) -> dict[tuple[str, Why], list[Tensor
 
 
 def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
-    """What to type about a tensor, and what to put into it."""
+    """Name what to type about a tensor, and what to put into it."""
     if t.space is None:
         return "register_head_layout(...)", "in your own code, if its rows are classes"
     if t.cause in (Cause.SHAPES_AGREE, Cause.UNKNOWN_CLASSES, Cause.TABLE_MISFIT):
@@ -253,14 +253,14 @@ def _rows(plan: AdaptPlan, notices: Sequence[Notice], every_tensor: bool) -> lis
 
 
 def counts_in_words(t: TensorPlan) -> list[str]:
-    """``10 carried``, ``4 new``, ``70 dropped``, ``background carried``, as far as they say something."""
+    """Count in words, ``10 carried``, ``4 new``, ``70 dropped``, ``background carried``, leaving out zeros."""
     counts = ((t.carried if t.action == "carried" else (), "carried"), (t.new, "new"), (t.dropped, "dropped"))
     words = [f"{len(classes)} {what}" for classes, what in counts if classes]
     return words + ["background carried"] * (t.background and t.action != "copied")
 
 
 def _rest(plan: AdaptPlan) -> list[tuple[str, str, str, str]]:
-    """Tensors without classes by action and reason: action, reason in brackets, count, first names."""
+    """Sum up tensors without classes: action, reason in brackets, count, first names."""
     rest: dict[tuple[str, str], list[str]] = {}
     for t in plan.tensors:
         if not is_head(t) and t.action != "refused":
@@ -293,7 +293,7 @@ def _class_lines(plan: AdaptPlan, space: str) -> list[tuple[str, str]]:
 
 
 def split_renamed(found: ClassMap) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The carried pairs of a map: those of one name, up to case and separators, and those of two."""
+    """Split the carried pairs of a map: those of one name, up to case and separators, and those of two."""
     same: list[tuple[int, int]] = []
     renamed: list[tuple[int, int]] = []
     for t, s in found.carried:
@@ -302,7 +302,7 @@ def split_renamed(found: ClassMap) -> tuple[list[tuple[int, int]], list[tuple[in
 
 
 def _new_names(plan: AdaptPlan, space: str) -> list[str]:
-    """The classes that no head of the space finds in the file; a head that is not in the file at all has its notice."""
+    """List the classes that no head of the space finds in the file; a head missing from the file has its own notice."""
     found = plan.class_map(space)
     if found is None:
         return [name for name in plan.new_classes().get(space, ()) if not is_unnamed(name)]
@@ -324,7 +324,7 @@ def _pipes(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """``text`` as Markdown shows it; class names may hold anything."""
+    """Escape ``text`` for Markdown; class names may hold anything."""
     return re.sub(r"([\\`*_|\[\]~])", r"\\\1", visible(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 

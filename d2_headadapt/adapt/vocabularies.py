@@ -59,18 +59,18 @@ def vocabulary(name: str, space: str = "thing") -> ClassTable:
 
 
 def vocabulary_names() -> tuple[str, ...]:
-    """The names that :func:`vocabulary` knows, sorted."""
+    """List the names that :func:`vocabulary` knows, sorted."""
     return tuple(sorted(_VOCABULARIES))
 
 
 def has_vocabulary(name: str) -> bool:
-    """Whether ``name``, in any case, is a built-in vocabulary."""
+    """Tell whether ``name``, in any case, is a built-in vocabulary."""
     return _vocabulary_key(name) is not None
 
 
 @lru_cache(maxsize=64)
 def synonyms_of(table: ClassTable) -> Synonyms:
-    """Other names of the classes of ``table``, known because all its names belong to one vocabulary.
+    """Look up other names of the classes of ``table``, known because all its names belong to one vocabulary.
 
     Args:
         table: any table; a subset of a vocabulary in any order counts as that vocabulary.
@@ -88,12 +88,12 @@ def synonyms_of(table: ClassTable) -> Synonyms:
 
 @lru_cache(maxsize=1)
 def reviewed_pairs() -> tuple[tuple[str, str], ...]:
-    """Unordered pairs of names that two vocabularies give to the same class, each checked by hand."""
+    """List unordered pairs of names that two vocabularies give to the same class, each checked by hand."""
     return tuple((row["name"], row["other_name"]) for row in _rows("aliases.csv"))
 
 
 def zoo_tables(path: str) -> dict[str, ClassTable] | None:
-    """The classes of model zoo weights, by label space, told by the folder that they are published in.
+    """Look up the classes of model zoo weights, by label space, from the folder that they are published in.
 
     Args:
         path: ``MODEL.WEIGHTS`` as the user wrote it, before it becomes the path of a downloaded copy.
@@ -218,7 +218,7 @@ def _vocabularies_with(space: str) -> list[str]:
 
 @cache
 def _lvis_groups(name: str) -> Mapping[str, Names]:
-    """Normalised class name -> all names of that class. Its synonyms do not count as class names."""
+    """Map each normalised class name to all names of that class; its synonyms do not count as class names."""
     if name == "lvis_v1":
         from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
     else:
@@ -228,7 +228,7 @@ def _lvis_groups(name: str) -> Mapping[str, Names]:
 
 @cache
 def _objects365_groups() -> Mapping[str, Names]:
-    """Normalised name, in either spelling, -> both: the published annotation files still have the old one."""
+    """Map each normalised name to both spellings: the published annotation files still have the old one."""
     groups: dict[str, Names] = {}
     for row in _rows("objects365.csv"):
         spellings = tuple(filter(None, (row["name"], row["old_name"])))

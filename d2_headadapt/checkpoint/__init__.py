@@ -1,1 +1,1 @@
-"""The checkpointer: from a file to rows in the model, its optimizer and its averages."""
+"""Load a checkpoint into a model: names, rows, optimizer state and averaged copies."""

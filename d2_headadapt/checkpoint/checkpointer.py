@@ -39,11 +39,11 @@ from .load import (
     say_unused,
 )
 from .optimizer import find_optimizer
-from .provenance import KEY, OPEN_ROWS, Provenance, optimizer_names
+from .provenance import KEY, UNTRAINED_ROWS, Provenance, optimizer_names
 from .ranks import agree, compare, everywhere, readable_everywhere, share_new_rows
 from .run_folder import unnoted
 from .source_keys import UnusedKey, applied_keys
-from .untrained import open_rows, projections, unchanged_classes, untrained_classes
+from .untrained import projections, unchanged_classes, untrained_classes, untrained_rows
 
 logger = logging.getLogger(__name__)
 PLAN_FILE = "head_adapt_plan.json"
@@ -101,7 +101,11 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.begin(settings)
 
     def begin(self, settings: AdaptSettings | None) -> None:
-        """What the constructor does beyond the parent's; for subclasses that call another constructor."""
+        """Do what the constructor does beyond the parent's; for subclasses that call another constructor.
+
+        Args:
+            settings: as in the constructor.
+        """
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None
@@ -109,7 +113,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self._kept = KeptGuard(self.model)
         self.plan: AdaptPlan | None = None
         self.untrained: dict[str, tuple[str, ...]] = {}
-        self._open: dict[str, tuple[str, ...]] = {}
+        self._untrained_rows: dict[str, tuple[str, ...]] = {}
         self._known = Provenance()
         self._assumed: tuple[str, ...] = ()
         self._request = LoadRequest("", self.settings)
@@ -175,7 +179,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         return dict(super().resume_or_load(path, resume=resume))
 
     def get_checkpoint_file(self) -> str:
-        """Like the parent's; where that file is gone and the folder has one of its name, the folder was moved."""
+        """Find the file like the parent; where it is gone, take the one of its name in the folder, which was moved."""
         found: str = super().get_checkpoint_file()
         here = os.path.join(self.save_dir, os.path.basename(found))
         if found and "://" not in self.save_dir and not os.path.isfile(found) and os.path.isfile(here):
@@ -234,13 +238,13 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         plan, known = prepared.plan, prepared.known
         self._write_plan(plan)
         # Asked before the model is written to, because asking may fail.
-        untrained, still_open = untrained_classes(plan, known), open_rows(plan, known)
+        untrained, rows = untrained_classes(plan, known), untrained_rows(plan, known)
         self.model.load_state_dict(prepared.state)
         self._kept.after_load(self.model, known, self._request.path)
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._request.path)
         self._remember(plan, known)
-        self.untrained, self._open = untrained, still_open
+        self.untrained, self._untrained_rows = untrained, rows
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
             unexpected_keys=[t.name for t in plan.by_action("dropped")],
@@ -248,7 +252,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         )
 
     def _agree(self, error: HeadAdaptError | None) -> None:
-        """Once per load, whatever it meets: a rank that does not ask would leave the others waiting."""
+        """Ask all ranks once per load, whatever it meets: a rank that does not ask would leave the others waiting."""
         if not self._agreed:
             self._agreed = True
             agree(error, self._request.path)
@@ -284,7 +288,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 module.class_table = plan.target["thing"]
 
     def _say(self, plan: AdaptPlan, unused: tuple[UnusedKey, ...]) -> None:
-        """What will happen, before anything does."""
+        """Log what will happen, before anything does."""
         if not self._told:
             self.logger.info("No class tables are attached to the model: heads are loaded as stock detectron2 does.")
         say_unused(unused)
@@ -310,7 +314,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 self.logger.warning("The plan was not stored: %s", exc)
 
     def _log_incompatible_keys(self, incompatible: _IncompatibleKeys) -> None:
-        """The plan's table has said it already."""
+        """Log nothing: the plan's table has said it already."""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth`` whole or not at all, with the class tables beside the model.
@@ -326,7 +330,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             data[key] = value.state_dict()
         data.update(kwargs)
         if "iteration" in kwargs:
-            self.untrained, self._open, self._assumed = {}, {}, ()
+            self.untrained, self._untrained_rows, self._assumed = {}, {}, ()
         data[KEY] = self.provenance().to_plain()
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
@@ -346,14 +350,14 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
 
     @contextmanager
     def fitted_rows(self) -> Iterator[None]:
-        """New rows that change inside count as fitted: ``untrained`` keeps the classes of which some row did not."""
+        """Count new rows that change inside as fitted; ``untrained`` keeps classes of which some row did not."""
         plan = self.plan if self.plan is not None else AdaptPlan(())
         new, state = self.rows_to_fit(), self.model.state_dict()
         before = {name: state[name].clone() for name in [*new, *projections(plan, new)] if name in state}
         yield
         left = unchanged_classes(plan, new, before, self.model.state_dict())
-        self._open = {name: names for name, names in left.items() if names}
-        waiting = {(plan.space_of(name), entry) for name, names in self._open.items() for entry in names}
+        self._untrained_rows = {name: names for name, names in left.items() if names}
+        waiting = {(plan.space_of(name), entry) for name, names in self._untrained_rows.items() for entry in names}
         both = {space: tuple(n for n in names if (space, n) in waiting) for space, names in self.untrained.items()}
         self.untrained = {space: names for space, names in both.items() if names}
 
@@ -365,7 +369,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         plan = self.plan if self.plan is not None else AdaptPlan(())
         return {
             name: tuple(sorted(plan.target[plan.space_of(name)].names.index(entry) for entry in names))
-            for name, names in self._open.items()
+            for name, names in self._untrained_rows.items()
         }
 
     def provenance(self) -> Provenance:
@@ -381,8 +385,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         }
         optimizer = find_optimizer(self.checkpointables)
         names = optimizer_names(optimizer, dict(self.model.named_parameters())) if optimizer is not None else ()
-        rows = {name: list(classes) for name, classes in self._open.items()}
-        extra: dict[str, Any] = {OPEN_ROWS: rows} if rows else {}
+        rows = {name: list(classes) for name, classes in self._untrained_rows.items()}
+        extra: dict[str, Any] = {UNTRAINED_ROWS: rows} if rows else {}
         facts = text_facts(self.model)
         if facts:
             extra[FACTS] = facts

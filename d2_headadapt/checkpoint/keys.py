@@ -1,4 +1,4 @@
-"""Names of tensors: the model's name of each tensor of a file, and patterns that rename, take, leave out and freeze.
+"""Rename tensors of a file to the model's names; select them by patterns to take, leave out or freeze.
 
 Stock detectron2 settles names and drops tensors of another shape in one step, which leaves a head of another class
 count under the file's own name, where a plan would miss it. Here names are settled first, by names alone."""
@@ -99,12 +99,12 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 
 def bare_name(name: str) -> str:
-    """``name`` without the marks of wrappers: ``backbone._orig_mod.stem.weight`` is ``backbone.stem.weight``."""
+    """Strip the marks of wrappers: ``backbone._orig_mod.stem.weight`` is ``backbone.stem.weight``."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def unwrapped(names: Iterable[str], model_names: Iterable[str]) -> dict[str, str]:
-    """The model's name, as far as wrappers are what makes the difference, of every name of a file.
+    """Map every name of a file to the model's name, as far as wrappers make the difference.
 
     A module around the whole model (``module.`` of DataParallel and of torch's ``AveragedModel``, ``model.`` of a
     Lightning module, an attribute of somebody's own) is the prefix after which most names are the model's; where two
@@ -124,7 +124,7 @@ def unwrapped(names: Iterable[str], model_names: Iterable[str]) -> dict[str, str
 
 
 def _outer_prefix(names: Iterable[str], model_names: Container[str]) -> str:
-    """The one prefix of up to three parts after which more names are the model's than after any other."""
+    """Find the one prefix of up to three parts after which more names are the model's than after any other."""
     hits: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -136,7 +136,7 @@ def _outer_prefix(names: Iterable[str], model_names: Container[str]) -> str:
 
 
 def longest_suffix(name: str, candidates: Mapping[str, object]) -> str | None:
-    """The longest of ``candidates`` that ``name`` equals or ends with after a dot."""
+    """Find the longest of ``candidates`` that ``name`` equals or ends with after a dot."""
     start = 0
     while True:
         if name[start:] in candidates:
@@ -189,7 +189,7 @@ def rename(tensors: Mapping[str, T], rules: Sequence[str], key: Key = HEAD_ADAPT
 
 
 def matched(names: Iterable[str], patterns: Sequence[str], key: Key) -> set[str]:
-    """The ``names`` that any of the glob ``patterns`` matches.
+    """Pick the ``names`` that any of the glob ``patterns`` matches.
 
     Raises:
         ConfigError: a pattern that matches none, with the nearest names.
@@ -205,7 +205,7 @@ def matched(names: Iterable[str], patterns: Sequence[str], key: Key) -> set[str]
 
 
 def left_out(names: Iterable[str], include: Sequence[str], exclude: Sequence[str]) -> dict[str, Why]:
-    """The names that ``INCLUDE`` does not match or ``EXCLUDE`` does, with the cause."""
+    """List the names that ``INCLUDE`` does not match or ``EXCLUDE`` does, with the cause."""
     names = list(names)
     out: dict[str, Why] = {}
     if include:

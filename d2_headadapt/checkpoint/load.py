@@ -1,4 +1,4 @@
-"""One load, from a file, a model and a user's settings to the state that the model gets; nothing is written to here."""
+"""Load a file into a model, top to bottom: request, plan, new state; nothing is written to here."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_exists(path: str, *, own_file: bool = False) -> None:
 
 
 def not_fetched(path: str, exc: BaseException) -> NotFetchedError:
-    """The error for an address that gives no file."""
+    """Make the error for an address that gives no file."""
     return NotFetchedError(
         path,
         expected="a file that can be fetched",
@@ -67,7 +67,7 @@ def not_fetched(path: str, exc: BaseException) -> NotFetchedError:
 
 
 def asks_heuristics(path: str) -> bool:
-    """Whether the address ends in ``?matching_heuristics=True``, the one query that detectron2 knows."""
+    """Tell whether the address ends in ``?matching_heuristics=True``, the one query that detectron2 knows."""
     queries = parse_qs(urlparse(path).query)
     asked = queries.pop("matching_heuristics", ["False"]) == ["True"]
     if queries:
@@ -82,7 +82,7 @@ def asks_heuristics(path: str) -> bool:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What one load is about, from the path that was asked for on.
+    """The request of one load, from the path that was asked for on.
 
     Args:
         path: file or address as it was given, with its query; a model zoo address names the classes.
@@ -118,7 +118,7 @@ class PlannedLoad:
 
 @dataclass(frozen=True)
 class PreparedLoad:
-    """Everything that a load writes, after everything that can fail.
+    """The values that a load writes, after everything that can fail.
 
     Args:
         state: the model's new state dict.
@@ -249,7 +249,7 @@ def _targets(
     layouts: Sequence[HeadLayout],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, ClassTable]:
-    """The user's target tables, and for spaces without one the file's, where the model was built for it."""
+    """Take the user's target tables, and the file's for spaces without one, where the model was built for it."""
     targets = dict(settings.target)
     for space, table in own_words.items():
         mine = [x for x in layouts if x.space == space and not x.rebuilt]
@@ -381,7 +381,7 @@ def _refuse_little(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
 
 
 def has_foreign_hooks(model: nn.Module) -> bool:
-    """Whether a module that is neither torch's nor detectron2's takes part in loading, and so may raise half-way."""
+    """Tell whether a module of neither torch nor detectron2 hooks into loading, and so may raise half-way."""
     known = ("torch.", "detectron2.", "d2_headadapt.")
     return any(
         module._load_state_dict_pre_hooks

@@ -1,4 +1,4 @@
-"""Optimizer state and averaged copies under another class list: the same row map as the weights, new rows zero.
+"""Adapt optimizer state and averaged copies to another class list: the weights' row map, new rows zero.
 
 A saved optimizer knows its parameters by number only, and the numbers move with FREEZE_AT, norm layers and tasks. So
 names come from the file's provenance, else from the live optimizer where sizes and shapes leave no doubt.
@@ -27,7 +27,7 @@ Names = Sequence[Sequence[str]]
 
 
 def find_state(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every dict of ``checkpoint`` that holds an ``optimizer`` state: flat, or inside detectron2's trainers."""
+    """Find every dict of ``checkpoint`` that holds an ``optimizer`` state: flat, or inside detectron2's trainers."""
     trainer = checkpoint.get("trainer")
     holders = [checkpoint, trainer, trainer.get("_trainer") if isinstance(trainer, Mapping) else None]
     return [h for h in holders if isinstance(h, dict) and isinstance(h.get("optimizer"), Mapping)
@@ -37,7 +37,7 @@ def find_state(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
 def adapt_state(
     state: Mapping[str, Any], stored: Names, live: torch.optim.Optimizer, live_names: Names, plan: AdaptPlan, path: str
 ) -> dict[str, Any]:
-    """The saved optimizer state for the live optimizer's parameters.
+    """Adapt the saved optimizer state to the live optimizer's parameters.
 
     Args:
         state: ``optimizer.state_dict()`` of the file.
@@ -48,7 +48,7 @@ def adapt_state(
         path: the file, for messages.
 
     Returns:
-        A new state dict in the live optimizer's numbering. Moments of carried rows have the saved bits, those of new
+        A new state dict in the live optimizer's numbering. State of carried rows has the saved bits, those of new
         rows are zero, and a parameter that was initialised has none.
 
     Raises:
@@ -81,7 +81,7 @@ def adapt_state(
 
 
 def group_origin(group: Sequence[str], stored: Names, position: int) -> int | None:
-    """The saved group that most of a live group's parameters were in; ``None`` where none of them was saved."""
+    """Find the saved group that most of a live group's parameters were in; ``None`` where none was saved."""
     known = [sum(name in set(names) for name in group) for names in stored]
     if not any(known):
         return None
@@ -150,7 +150,7 @@ def _of_shapes(values: Iterable[Any], shapes: Collection[Shape | None]) -> bool:
 
 
 def reorder_scheduler(node: Any, origins: Sequence[int | None], base_lrs: Sequence[float]) -> Any:
-    """A copy of a saved scheduler (or of a trainer's state that holds one) whose lists follow the live groups.
+    """Copy a saved scheduler (or a trainer's state that holds one), its lists in the order of the live groups.
 
     Args:
         node: any plain tree.
@@ -208,7 +208,7 @@ def _unsure(path: str, expected: str, found: str) -> ResumeError:
         f"optimizer state of {path}",
         expected=expected,
         found=found,
-        fix="Its moments cannot be told apart: start a new run from this file without --resume.",
+        fix="Its optimizer state cannot be told apart: start a new run from this file without --resume.",
     )
 
 
@@ -238,7 +238,7 @@ def adapt_resume(
         path: the file, for messages.
 
     Raises:
-        ResumeError: the classes changed and ``mode`` is ``"refuse"``, or moments cannot be told apart.
+        ResumeError: the classes changed and ``mode`` is ``"refuse"``, or the optimizer state cannot be told apart.
     """
     changed = plan.changed()
     if changed and mode == "refuse":
@@ -246,7 +246,7 @@ def adapt_resume(
             path,
             expected="the tensors of the run that is resumed",
             found=f"{len(changed)} that changed, {changed[0].name} first ({summary_line(plan)})",
-            fix=f"Set {HEAD_ADAPT.RESUME.set('adapt')} to go on: carried rows keep their optimizer moments, new rows "
+            fix=f"Set {HEAD_ADAPT.RESUME.set('adapt')} to go on: carried rows keep their optimizer state, new rows "
             f"start at zero. Or start a new run without --resume in another {OUTPUT_DIR}.",
         )
     live = find_optimizer(checkpointables)
@@ -267,7 +267,7 @@ def adapt_resume(
         for key in ("trainer", "scheduler"):
             if key in checkpoint:
                 checkpoint[key] = reorder_scheduler(checkpoint[key], origins, rates)
-    logger.info("Optimizer moments of %s went through the same plan as the weights; new rows start at zero.", path)
+    logger.info("Optimizer state of %s went through the same plan as the weights; new rows start at zero.", path)
 
 
 def refuse_other_types(entries: Mapping[str, Any], checkpointables: Mapping[str, Any], path: str) -> None:
@@ -300,7 +300,7 @@ _PLAIN = (int, float, str)
 
 
 def _misfits(own: Any, given: Any, place: str) -> Iterator[tuple[str, str, Any]]:
-    """Place, expected and found value wherever ``given`` is no state of an object whose state is ``own``."""
+    """Yield place, expected and found value wherever ``given`` is no state of an object whose state is ``own``."""
     if isinstance(own, Mapping):
         if not isinstance(given, Mapping):
             yield place, "a mapping", given
@@ -351,7 +351,7 @@ def _refuse_other_kind(state: Mapping[str, Any], live: torch.optim.Optimizer, pa
 
 
 def find_optimizer(checkpointables: Mapping[str, Any]) -> torch.optim.Optimizer | None:
-    """The optimizer among what a checkpointer saves: its own entry, or a trainer's."""
+    """Find the optimizer among what a checkpointer saves: its own entry, or a trainer's."""
     for value in checkpointables.values():
         for candidate in (value, getattr(value, "optimizer", None)):
             if isinstance(candidate, torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""The class tables and layouts that a checkpoint was saved with: top-level key ``d2_headadapt`` beside ``model``.
+"""Provenance of a checkpoint: its class tables and layouts, under the key ``d2_headadapt`` beside ``model``.
 
 Plain types only, because a numpy scalar or a dataclass would make weights-only loading fail. Stock detectron2 passes
 unknown top-level keys through.
@@ -20,13 +20,13 @@ from ..key import HEAD_ADAPT
 
 KEY = "d2_headadapt"
 VERSION = 1
-OPEN_ROWS = "untrained_rows"
+UNTRAINED_ROWS = "untrained_rows"
 """Key of ``extra``: names of the classes without a trained row, by tensor."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a file says about itself.
+    """The class tables, layouts and other facts that a file says about itself.
 
     Args:
         tables: class tables by label space.
@@ -48,15 +48,15 @@ class Provenance:
 
     @property
     def says_classes(self) -> bool:
-        """The file says of itself what it predicts, or what went into it."""
+        """Whether the file says of itself what it predicts, or what went into it."""
         return bool(self.tables or self.layouts or self.applied)
 
     def renamed(self, names: Mapping[str, str]) -> Provenance:
-        """The same with tensors under other names; those that ``names`` does not hold keep theirs."""
-        rows = self.extra.get(OPEN_ROWS)
+        """Return the same with tensors under other names; those that ``names`` does not hold keep theirs."""
+        rows = self.extra.get(UNTRAINED_ROWS)
         extra = dict(self.extra)
         if isinstance(rows, Mapping):
-            extra[OPEN_ROWS] = {names.get(tensor, tensor): classes for tensor, classes in rows.items()}
+            extra[UNTRAINED_ROWS] = {names.get(tensor, tensor): classes for tensor, classes in rows.items()}
         return replace(
             self,
             layouts=tuple(replace(x, tensor=names.get(x.tensor, x.tensor)) for x in self.layouts),
@@ -65,7 +65,7 @@ class Provenance:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """The form that goes into a file."""
+        """Write the form that goes into a file."""
         extra = {key: value for key, value in self.extra.items() if key not in ("untrained", "applied", "assumed")}
         if self.untrained:
             extra["untrained"] = {space: list(names) for space, names in self.untrained.items()}
@@ -130,14 +130,14 @@ class Provenance:
 
 
 def provenance_of(path: str, trust: bool) -> Provenance:
-    """What a checkpoint says about itself; empty where it says nothing."""
+    """Return what a checkpoint says about itself; empty where it says nothing."""
     local = PathManager.get_local_path(path.partition("?")[0])
     stored = read_checkpoint(local, trust=trust, verify=False).get(KEY)
     return Provenance() if stored is None else Provenance.from_plain(stored, path)
 
 
 def optimizer_names(optimizer: Any, named: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Names of the parameters of each group, in the optimizer's own order, by identity.
+    """List the parameter names of each group, in the optimizer's own order, by identity.
 
     Args:
         optimizer: a torch optimizer.

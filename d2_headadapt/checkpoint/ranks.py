@@ -1,4 +1,4 @@
-"""All processes of a job agree: on whether a file can be loaded, on new rows, and on every tensor afterwards."""
+"""Make all processes of a job agree: on whether a file loads, on new rows, and on every tensor afterwards."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def agree(error: HeadAdaptError | None, where: str) -> None:
 
 
 def everywhere(value: bool) -> list[bool]:
-    """``value`` of every rank, in order."""
+    """Gather ``value`` of every rank, in order."""
     return list(comm.all_gather(value)) if comm.get_world_size() > 1 else [value]
 
 
 @contextmanager
 def readable_everywhere(path: str, is_file: bool) -> Iterator[str]:
-    """A path that this process can read, where at least rank 0 has the file.
+    """Give a path that this process can read, where at least rank 0 has the file.
 
     A rank without the file gets rank 0's bytes in a temporary file, which is removed on leaving.
 
@@ -140,7 +140,7 @@ def compare(state: Mapping[str, torch.Tensor], where: str) -> None:
 
 
 def digest(value: torch.Tensor) -> str:
-    """A hash of a tensor's bytes, dtype and shape."""
+    """Hash a tensor's bytes, dtype and shape."""
     data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     header = f"{value.dtype}{tuple(value.shape)}".encode()
     return hashlib.blake2b(data.tobytes(), digest_size=16, key=header[:64]).hexdigest()

@@ -64,7 +64,7 @@ def release(folder: str) -> None:
 
 
 def checkpoints(folder: str) -> list[str]:
-    """Names of the checkpoints that a run has written into a local folder, in the order of their iterations."""
+    """List the checkpoints that a run has written into a local folder, in the order of their iterations."""
     if "://" in folder or not os.path.isdir(folder):
         return []
     return sorted((name for name in os.listdir(folder) if NAME.fullmatch(name)), key=_iteration)
@@ -76,7 +76,7 @@ def _iteration(name: str) -> float:
 
 
 def unnoted(folder: str, last: str) -> list[str]:
-    """The checkpoints that are newer than the one that ``last_checkpoint`` names, or all where it names none.
+    """List the checkpoints that are newer than the one that ``last_checkpoint`` names, or all where it names none.
 
     A run that is stopped between the writing of a checkpoint and of ``last_checkpoint`` leaves one.
 

@@ -1,4 +1,4 @@
-"""Which of the user's keys about source weights hold for the file at hand.
+"""Choose which of the user's keys about source weights hold for the file at hand.
 
 ``SOURCE_CLASSES``, ``ALIASES``, ``MATCH``, ``INCLUDE``, ``EXCLUDE`` and ``RENAME`` describe the file that
 ``MODEL.WEIGHTS`` names. A file that this package wrote says itself what it predicts and which of these keys went into
@@ -26,7 +26,7 @@ PATTERNS = ("include", "exclude", "rename")
 
 
 class Unused(str, Enum):
-    """Why a key is not used."""
+    """The reason why a key is not used."""
 
     APPLIED = "applied"
     """It went into the file already."""
@@ -118,7 +118,7 @@ def keys_for(
 
 
 def _sources(settings: AdaptSettings, known: Provenance, about: bool, unused: list[UnusedKey]) -> dict[str, ClassTable]:
-    """The tables that the user names, less those that the file knows itself."""
+    """Take the tables that the user names, less those that the file knows itself."""
     kept: dict[str, ClassTable] = {}
     for space, table in settings.source.items():
         stated = known.tables.get(space)
@@ -166,7 +166,7 @@ def _refuse_position(settings: AdaptSettings, known: Provenance, path: str) -> N
 
 
 def _same_file(path: str, other: str) -> bool:
-    """Whether two addresses name one file; a query at the end does not count."""
+    """Tell whether two addresses name one file; a query at the end does not count."""
     a, b = (name.partition("?")[0] for name in (path, other))
     return a == b or ("://" not in a + b and os.path.realpath(a) == os.path.realpath(b))
 

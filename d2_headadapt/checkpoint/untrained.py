@@ -1,4 +1,4 @@
-"""Which rows nobody has trained: of a plan, of what a file says of itself, and of a model before and after a fit."""
+"""Untrained rows: of a plan, of what a file says of itself, and of a model before and after a fit."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 from ..adapt.classes import is_unnamed
 from ..adapt.plan import AdaptPlan
-from .provenance import OPEN_ROWS, Provenance
+from .provenance import UNTRAINED_ROWS, Provenance
 
 
 def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
-    """Classes of which some row is new, or came from rows that were never trained."""
+    """List classes of which some row is new, or came from rows that were never trained."""
     found = {space: set(names) for space, names in plan.new_classes().items()}
     for space, names in known.untrained.items():
         classes = plan.class_map(space)
@@ -25,9 +25,9 @@ def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str
     return {space: tuple(names) for space, names in named.items() if names}
 
 
-def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
-    """Names of the classes without a trained row, tensor by tensor, as far as the target classes are known."""
-    stored = known.extra.get(OPEN_ROWS)
+def untrained_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
+    """List the classes without a trained row, tensor by tensor, as far as the target classes are known."""
+    stored = known.extra.get(UNTRAINED_ROWS)
     found: dict[str, tuple[str, ...]] = {}
     for t in plan.by_action("carried", "copied", "initialised"):
         table, classes = plan.target.get(t.space or ""), plan.class_map(t.space or "")
@@ -43,7 +43,7 @@ def open_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
 
 
 def projections(plan: AdaptPlan, tensors: Iterable[str]) -> list[str]:
-    """What leads from region features to the embeddings among ``tensors``, and is fitted in place of their rows."""
+    """Find the layers that lead from region features to embeddings; they are fitted in place of class rows."""
     groups = {layout.group for layout in plan.layouts if layout.given and layout.tensor in set(tensors)}
     return [layout.tensor for layout in plan.layouts if layout.group in groups and layout.agnostic]
 
@@ -54,7 +54,7 @@ def unchanged_classes(
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
 ) -> dict[str, tuple[str, ...]]:
-    """Names, tensor by tensor, of the classes whose rows are what they were.
+    """List, tensor by tensor, the classes whose rows are what they were.
 
     Args:
         plan: of the last load.

@@ -34,17 +34,17 @@ Run = Sequence[int]
 
 
 def safe(text: object) -> str:
-    """Text that is safe inside an element or a quoted attribute."""
+    """Escape text for use inside an element or a quoted attribute."""
     return escape(str(text).translate(_BAD_CHARACTERS))
 
 
 def breakable(name: str) -> str:
-    """A dotted tensor name that may wrap at its dots."""
+    """Let a dotted tensor name wrap at its dots."""
     return safe(name).replace(".", "<wbr>.")
 
 
 def commas(count: int) -> str:
-    """``1203`` as ``1,203``."""
+    """Write ``1203`` as ``1,203``."""
     return f"{count:,}"
 
 
@@ -77,7 +77,7 @@ def space_section(plan: AdaptPlan, space: str) -> str:
 
 
 def _unmapped_space(plan: AdaptPlan, space: str) -> str:
-    """Both lists by themselves, where no class of one is known to be a class of the other."""
+    """Draw both lists by themselves, where no class of one is known to be a class of the other."""
     new = set(plan.new_classes().get(space, ()))
     known = [("file", plan.source.get(space)), ("model", plan.target.get(space))]
     why = "No class of this space is moved" if all(table for _, table in known) else "The classes are not all known"
@@ -108,7 +108,7 @@ def _sides(found: ClassMap) -> str:
 
 
 def _runs(count: int, foldable: set[int], least: int) -> list[Run]:
-    """0 .. count-1 in order; at least ``least`` foldable neighbours together, every other index alone."""
+    """Split 0 .. count-1 in order: at least ``least`` foldable neighbours together, every other index alone."""
     runs: list[Run] = []
     start = 0
     while start < count:
@@ -125,7 +125,7 @@ def _runs(count: int, foldable: set[int], least: int) -> list[Run]:
 
 
 def _name(table: ClassTable, i: int) -> str:
-    """Index and name; the title helps where a long name is cut."""
+    """Write index and name; the title helps where a long name is cut."""
     name = safe(table.names[i])
     title = f' title="{name}"' if len(table.names[i]) > 28 else ""
     return f"<i>{i}</i><b{title}>{name}</b>"
@@ -134,7 +134,7 @@ def _name(table: ClassTable, i: int) -> str:
 def _folded(
     css: str, label: str, run: Run, table: ClassTable, rows: str = "", *, only: str = "", opened: bool = False
 ) -> str:
-    """A run of classes that opens to its rows; of those with the same ``only``, one is open at a time."""
+    """Fold a run of classes that opens to its rows; of those with the same ``only``, one is open at a time."""
     first, last = run[0], run[-1]
     ends = f"{safe(table.names[first])} … {safe(table.names[last])}" if len(run) > 1 else ""
     if ends and last - first == len(run) - 1 and not only:
@@ -148,7 +148,7 @@ def _folded(
 
 
 def _picture(found: ClassMap, left: list[Run], right: list[Run], space: str, background: bool) -> str:
-    """Both tables in their own order and a line for every carried pair."""
+    """Draw both tables in their own order and a line for every carried pair."""
     rows = max(len(left), len(right)) + background
     tops = [(rows - background - len(side)) * ROW // 2 for side in (left, right)]
     height = rows * ROW
@@ -190,7 +190,7 @@ def _side(runs: list[Run], table: ClassTable, side: str, states: Mapping[int, st
 
 
 def _overview(found: ClassMap) -> str:
-    """Both tables as bars to scale, the file's sorted into the model's order: ribbons that never cross."""
+    """Draw both tables as bars to scale, the file's in the model's order, so that ribbons never cross."""
     h = _OVERVIEW_HEIGHT
     y_t, y_s = h / len(found.target), h / len(found.source)
     place: dict[int, int] = {}
@@ -234,7 +234,7 @@ def _bar_labels(css_more: str, parts: Iterable[tuple[str, int, str]]) -> str:
 
 
 def _ledger(found: ClassMap, background: bool) -> str:
-    """The model's classes in their order, each carried one beside its source; then the dropped ones."""
+    """List the model's classes in their order, each carried one beside its source; then the dropped ones."""
     count, new, renamed = len(found.target), set(found.new), set(split_renamed(found)[1])
     runs = _runs(count, new, 3 if len(new) > OPEN_MOST else count + 1)
     parts: list[str] = []

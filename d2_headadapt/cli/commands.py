@@ -1,4 +1,4 @@
-"""What the commands of :mod:`d2_headadapt.cli.parser` do."""
+"""Run the commands of :mod:`d2_headadapt.cli.parser`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .run import Adoption, run_script
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Print what loading would do. Reads names and shapes, not values."""
+    """Print what loading would do, from names and shapes alone."""
     recipe = _configure(args)
     path, settings = _weights(args, recipe.config), recipe.settings
     _check_reports(args, [path, *_files_of(recipe)])
@@ -125,7 +125,7 @@ def fit(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """What ``tools/train_net.py`` does, and with a ``.py`` config ``tools/lazyconfig_train_net.py``."""
+    """Train like ``tools/train_net.py``, and with a ``.py`` config like ``tools/lazyconfig_train_net.py``."""
     return command(train_lazy if form_of(args.config_file) is Form.LAZY else train_yaml, args)
 
 
@@ -141,7 +141,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace, recipe: Recipe) -> tuple[HeadAdaptCheckpointer, list[str]]:
-    """The model of a config with the checkpoint loaded into it, and what of the file has no place in an output."""
+    """Load the checkpoint into the config's model; return what of the file has no place in an output too."""
     path = _weights(args, recipe.config)
     inputs = [path.partition("?")[0], args.config_file, *_files_of(recipe)]
     existing_output(args.output, force=args.force, inputs=inputs)
@@ -166,7 +166,7 @@ def _write(args: argparse.Namespace, checkpointer: HeadAdaptCheckpointer, left_o
 
 
 def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> Recipe:
-    """The recipe of a config; who reads the labels of ``DATASETS.TRAIN`` also runs the model, on its device."""
+    """Read the recipe of a config; a command that reads the labels of ``DATASETS.TRAIN`` runs on its device."""
     setup_logger(name="d2_headadapt")
 
     def change(cfg: CfgNode) -> None:
@@ -226,7 +226,7 @@ def export(args: argparse.Namespace) -> int:
 def _predictor(
     args: argparse.Namespace, check: Callable[[str], None] = lambda path: None, device: str | None = None
 ) -> tuple[Predictor, str]:
-    """A model whose classes its checkpoint names, and that checkpoint, which ``check`` may refuse before it is read."""
+    """Make a predictor whose classes its checkpoint names, and that checkpoint, which ``check`` may refuse first."""
     found: list[tuple[str, Provenance]] = []
 
     def change(cfg: CfgNode) -> None:
@@ -242,7 +242,7 @@ def _predictor(
 
 
 def run_existing(args: argparse.Namespace) -> int:
-    """Run somebody's own script with this package in place."""
+    """Run an existing script with this package in place."""
     opts = [word for pair in args.opts for word in pair]
     run_script(args.script, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads, args.plan))
     return 0

@@ -1,4 +1,4 @@
-"""``d2-headadapt``: parse, call, print, exit code.
+"""Parse the command line ``d2-headadapt``: parser, call, exit code.
 
 Parsing needs the standard library only. What a command does is imported once the command line is known to be right,
 because torch and detectron2 take seconds.
@@ -24,7 +24,7 @@ EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line i
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; return its exit code."""
     words, script = split_script(sys.argv[1:] if argv is None else argv)
     args = with_home(build_parser().parse_args(words, argparse.Namespace(script=script)))
     if args.run == "explain":
@@ -111,7 +111,7 @@ def split_script(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
+    """Build the parser of every command."""
     parser = argparse.ArgumentParser("d2-headadapt", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -222,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def score(text: str) -> float:
-    """A number from 0 to 1 of the command line."""
+    """Read a number from 0 to 1 from the command line."""
     value = float(text)
     if not 0 <= value <= 1:  # not a number is neither
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text}")

@@ -1,4 +1,4 @@
-"""A plan as one self-contained HTML page: what to look at, counts, the class map as a picture, every tensor.
+"""Render a plan as one self-contained HTML page: notices, counts, the class map as a picture, every tensor.
 
 The page asks the network for nothing, is the same bytes for the same plan, and can be read without its script.
 """
@@ -17,7 +17,7 @@ from .class_picture import WORDS, breakable, commas, safe, space_section
 
 
 def plan_html(plan: AdaptPlan, *, title: str = "Checkpoint plan", notes: Sequence[str] = ()) -> str:
-    """The plan as the text of one HTML page.
+    """Render the plan as the text of one HTML page.
 
     Args:
         plan: any plan, a refused one too.

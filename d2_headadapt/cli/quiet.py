@@ -1,4 +1,4 @@
-"""What our commands keep from the terminal: warnings of other projects, and all but JSON on standard output."""
+"""Keep the terminal quiet: warnings of other projects, and everything but JSON on standard output."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without_warnings() -> Iterator[None]:
 
 @contextmanager
 def json_alone(wanted: bool) -> Iterator[None]:
-    """Where ``wanted``, leave standard output to :func:`print_json`: the rest and the log go to standard error."""
+    """Leave standard output to :func:`print_json` where ``wanted``: the rest and the log go to standard error."""
     if not wanted:
         yield
         return

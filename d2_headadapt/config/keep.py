@@ -39,6 +39,10 @@ class PackSpec:
     def from_plain(cls, data: Any, where: Words) -> PackSpec:
         """Read :meth:`to_plain`'s form.
 
+        Args:
+            data: that form.
+            where: the config key or file, for messages.
+
         Raises:
             ConfigError: it is another form.
         """
@@ -125,13 +129,16 @@ class KeepSettings:
         return tuple(i for i, pack in enumerate(self.packs) if names & set(pack.classes))
 
     def lookup(self, pack: int) -> list[int]:
-        """For each class index of the training set its row in a pack; -1 for what is *other* to that pack."""
+        """Map each class index of the training set to its row in a pack; -1 for what is *other* to that pack."""
         rows = {name: row for row, name in enumerate(self.packs[pack].classes)}
         return [rows.get(name, -1) for name in self.training_names]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> KeepSettings | None:
         """Read the ``KEEP`` keys under ``MODEL.HEAD_ADAPT``, once :mod:`d2_headadapt.setup` settled the classes.
+
+        Args:
+            cfg: any config.
 
         Returns:
             ``None`` where ``KEEP`` is empty.
@@ -171,7 +178,7 @@ def _labels(datasets: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_mode(mode: Any) -> bool:
-    """Whether ``KEEP`` asks for anything.
+    """Tell whether ``KEEP`` asks for anything.
 
     Raises:
         ConfigError: a mode that does not exist.

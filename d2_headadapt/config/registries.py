@@ -1,4 +1,4 @@
-"""What a config names by the name it was registered under."""
+"""Look up what a config names by the name it was registered under."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def registered(registry: Any, key: Key, name: str) -> Any:
 
 
 def not_registered(registry: Any, key: Key, name: Any) -> ConfigError:
-    """The error for a name that a registry does not have."""
+    """Make the error for a name that a registry does not have."""
     known = [entry for entry, _ in registry]
     more = ", ..." if len(known) > MOST_NAMES else ""
     return ConfigError(

@@ -1,4 +1,4 @@
-"""What a user wants of an adaptation, as plain values: attached to the model, so that any checkpointer finds it."""
+"""Settings of an adaptation as plain values: attached to the model, so that any checkpointer finds them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, Key], ...]] = {
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """Everything that a load needs to know beside the file and the model.
+    """The settings that a load needs to know beside the file and the model.
 
     Args:
         target: class tables that the model shall predict, by label space; what is absent is unknown.
@@ -245,7 +245,7 @@ def _named(value: Named, key: str, space: str) -> ClassTable:
 
 
 def with_keys(cfg: CfgNode) -> CfgNode:
-    """``cfg`` itself where it has this package's keys, else a clone that does."""
+    """Return ``cfg`` itself where it has this package's keys, else a clone that does."""
     if "HEAD_ADAPT" in cfg.MODEL:
         return cfg
     cfg = cfg.clone()
@@ -291,7 +291,7 @@ def attach_settings(model: nn.Module, settings: AdaptSettings) -> None:
 
 
 def settings_of(model: nn.Module) -> AdaptSettings | None:
-    """The settings attached to ``model``, else to a module inside it."""
+    """Find the settings attached to ``model``, else to a module inside it."""
     for module in model.modules():
         found = getattr(module, ATTRIBUTE, None)
         if isinstance(found, AdaptSettings):

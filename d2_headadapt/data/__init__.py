@@ -1,4 +1,4 @@
-"""Datasets: registering them, their categories, and the labels of tasks."""
+"""Register datasets; read their categories and the labels of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class names in files: the ``categories`` of a COCO json, and plain lists of names.
+"""Read class names from files: the ``categories`` of a COCO json, and plain lists of names.
 
 A COCO json of real size is several hundred megabytes of annotations around a few kilobytes of categories, so these are
 cut out of the file where that is safe, and the whole is parsed only where it is not.
@@ -35,7 +35,7 @@ _read: dict[str, tuple[tuple[int, ...], list[Category]]] = {}
 
 
 def read_categories(json_file: str) -> list[Category]:
-    """The categories of a COCO json, in the order of their ids: class i of the dataset is the i-th of them.
+    """Read the categories of a COCO json in the order of their ids: class i of the dataset is the i-th of them.
 
     A file that is as it was is not read again.
 
@@ -74,7 +74,7 @@ def _parse(json_file: str, local: str) -> list[Category]:
 
 
 def keypoint_names(categories: Sequence[Category], json_file: str) -> list[str] | None:
-    """The keypoints that the categories declare, or ``None``; a model has one list, so two lists are an error."""
+    """Read the keypoints that the categories declare, or ``None``; two different lists are an error."""
     first: Category | None = None
     for category in categories:
         if not category.get("keypoints"):
@@ -91,7 +91,7 @@ def keypoint_names(categories: Sequence[Category], json_file: str) -> list[str] 
 
 
 def read_names(path: str, space: str, key: Key) -> list[Any]:
-    """The names in a .json (a list, ``{"names": [...]}`` or a COCO json) or in a .txt (one a line).
+    """Read the names in a .json (a list, ``{"names": [...]}`` or a COCO json) or in a .txt (one a line).
 
     Args:
         path: the file.
@@ -135,7 +135,7 @@ def read_names(path: str, space: str, key: Key) -> list[Any]:
 
 
 def _lines(text: str, path: str) -> list[str]:
-    """The names of a .txt: a line that starts with ``#`` is a comment, and one with ``\\#`` a name with ``#``."""
+    r"""Read the names of a .txt: a line that starts with ``#`` is a comment, and one with ``\#`` a name with ``#``."""
     # Not splitlines(), which parts a name at characters that nobody sees.
     lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
     passed = [line for line in lines if re.match(r"#[^\s#!]", line)]
@@ -150,7 +150,7 @@ def _lines(text: str, path: str) -> list[str]:
 
 
 def _cut_out(file: IO[bytes]) -> Any:
-    """The value of the only key ``categories`` in a JSON file, or ``None`` where the whole must be parsed to tell."""
+    """Cut the value of the only key ``categories`` out of a JSON file; ``None`` where the whole must be parsed."""
     if os.fstat(file.fileno()).st_size == 0:
         return None
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -1,4 +1,4 @@
-"""The classes of registered datasets, datasets registered from a yaml, and tables that a user names.
+"""Look up the classes of registered datasets; register datasets from a yaml; read tables that a user names.
 
 A registered dataset answers from its metadata, else from the ``categories`` of its json, else by being loaded.
 """
@@ -154,7 +154,7 @@ def _check_content(entry: DatasetEntry, place: str) -> None:
 
 
 def dataset_table(name: str, space: str = "thing") -> ClassTable | None:
-    """The classes of a registered dataset: its metadata, else its json's categories by id, else what loading sets.
+    """Look up a registered dataset's classes: its metadata, else its json's categories by id, else what loading sets.
 
     Args:
         name: a dataset of detectron2's ``DatasetCatalog``.
@@ -215,7 +215,7 @@ def _names_without_metadata(name: str, key: str, space: str) -> Sequence[str] | 
 
 
 def training_table(names: str | Sequence[str], space: str = "thing", *, required: bool = True) -> ClassTable | None:
-    """The one table of several training datasets; those without classes in ``space`` do not count.
+    """Join the tables of several training datasets to one; those without classes in ``space`` do not count.
 
     Args:
         names: of ``DATASETS.TRAIN``; one string is one dataset, as for detectron2's loaders.
@@ -274,7 +274,7 @@ def _refuse_difference(expected: ClassTable, found: ClassTable, where: Words, fi
 
 
 def resolve_table(value: Any, *, key: Key, space: str = "thing") -> ClassTable | None:
-    """The table that a user named under a ``..._CLASSES`` key.
+    """Read the table that a user named under a ``..._CLASSES`` key.
 
     Args:
         value: ``None``, a list of names, or a string: a registered dataset, a built-in vocabulary or a file, whichever

@@ -1,4 +1,4 @@
-"""One entry of ``DATASETS.REGISTER``: a COCO json, or a csv of image labels, that a yaml declares."""
+"""An entry of ``DATASETS.REGISTER``: a COCO json, or a csv of image labels, that a yaml declares."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class DatasetEntry:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What detectron2's ``MetadataCatalog`` is told of the dataset."""
+        """The facts that detectron2's ``MetadataCatalog`` is told of the dataset."""
         if self.csv is not None:
             return {"csv_file": self.csv, "image_root": self.images, "evaluator_type": "tasks"}
         # Lists, because load_coco_json sets thing_classes to a list later and detectron2 wants old and new to be equal.
@@ -87,7 +87,7 @@ class DatasetEntry:
 
 
 def absolute_entries(entries: Sequence[Any], base_dir: str) -> list[Any]:
-    """Entries of ``DATASETS.REGISTER`` with ``json``, ``csv`` and ``images`` taken as relative to ``base_dir``.
+    """Make ``json``, ``csv`` and ``images`` of ``DATASETS.REGISTER`` entries absolute, from ``base_dir``.
 
     Absolute paths and URIs stay, ``~`` is the home folder. What is no mapping or no string stays as it is, for
     :func:`register_datasets` to refuse.
@@ -184,7 +184,7 @@ def _split(value: Any, place: Key) -> Split | None:
 
 
 def _tasks(value: Any, labels: str, place: Key) -> tuple[tuple[str, str], ...]:
-    """Pairs of a task and its column (csv) or level (json, empty where the file shall tell)."""
+    """Pair each task with its column (csv) or level (json, empty where the file shall tell)."""
     if isinstance(value, (list, tuple)):
         value = {task: task if labels == "csv" else "" for task in _strings(value, place)}
     if not value and labels == "json":

@@ -1,4 +1,4 @@
-"""Where the datasets of a config meet its tasks: classes, levels, and what training sees."""
+"""Bring the datasets of a config together with its tasks: classes, levels, and what training sees."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), required: bool = Fal
 
 
 def say_unused_tasks(cfg: CfgNode) -> None:
-    """One line for each registered dataset that has labels of tasks that the model has not."""
+    """Log each registered dataset with labels of tasks that the model does not have."""
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
         unused = [task for task in task_facts(name) if task not in cfg.MODEL.get("TASKS", {})]
         if unused:
@@ -84,7 +84,7 @@ def _without_labels(task: str, names: Sequence[str]) -> DatasetError:
 
 
 def training_dicts(cfg: CfgNode, specs: Sequence[TaskSpec] | None = None) -> list[dict[str, Any]]:
-    """The dataset dicts of ``DATASETS.TRAIN``, after checking that every task has a label somewhere.
+    """Load the dataset dicts of ``DATASETS.TRAIN``, after checking that every task has a label somewhere.
 
     Where the config has tasks on images, an image without objects is kept for its image labels.
 

@@ -1,4 +1,4 @@
-"""Labels of tasks in files: the columns of a csv, and the ``attributes`` of a COCO json.
+"""Read labels of tasks from files: the columns of a csv, and the ``attributes`` of a COCO json.
 
 What is read here knows no model. Labels become indices of ``MetadataCatalog.get(dataset).task_classes``, which
 :func:`d2_headadapt.data.task_datasets.settle_tasks` sets to the classes that the model predicts.
@@ -33,7 +33,7 @@ ATTRIBUTES = "attributes"
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the whole file of a dataset, both parts of a split, says of one task.
+    """The facts that the whole file of a dataset, both parts of a split, says of one task.
 
     Args:
         level: ``"image"`` or ``"box"``.
@@ -97,7 +97,7 @@ def _facts(level: str, source: str, labels: Sequence[Found]) -> TaskFacts:
 
 
 def load_labelled(entry: DatasetEntry) -> list[dict[str, Any]]:
-    """Dataset dicts with ``tasks``: indices of the classes in the dataset's metadata; a task without a label is absent.
+    """Load dataset dicts with ``tasks``, indices of the metadata's classes; a task without a label is absent.
 
     Images of a csv have neither size nor annotations; detectron2's mapper writes their size when it reads them.
 
@@ -114,7 +114,7 @@ def load_labelled(entry: DatasetEntry) -> list[dict[str, Any]]:
 
 
 class _Coder:
-    """From the labels of one task to indices of its classes."""
+    """A coder of one task's labels as indices of its classes."""
 
     def __init__(self, task: str, names: Sequence[str], kind: str) -> None:
         self.task, self.kind = task, kind
@@ -154,7 +154,7 @@ class _Coder:
 
 
 def _rows(entry: DatasetEntry) -> list[tuple[int, dict[str, str]]]:
-    """Line number and cells of every row, after checking that the columns that the entry names are there."""
+    """Yield line number and cells of every row, after checking that the columns that the entry names are there."""
     path = entry.labels
     try:
         with PathManager.open(path, "r", encoding="utf-8-sig", newline="") as file:

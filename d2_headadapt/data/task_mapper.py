@@ -81,7 +81,7 @@ class TaskMapper(DatasetMapper):
 
 
 def label_tensor(label: Any, spec: TaskSpec, place: str) -> torch.Tensor:
-    """One label of a dataset dict as int64 (), or for several labels as float32 (K,); ``None`` is all ``MISSING``.
+    """Convert one label of a dataset dict to int64 (), or several to float32 (K,); ``None`` is all ``MISSING``.
 
     Args:
         label: an index, a list of indices where the task takes several, or ``None``.
@@ -110,7 +110,7 @@ def label_tensor(label: Any, spec: TaskSpec, place: str) -> torch.Tensor:
 
 
 def label_tensors(labels: Iterable[Any], spec: TaskSpec, place: str) -> torch.Tensor:
-    """Labels of N things as one tensor, int64 (N,) or float32 (N, K); see :func:`label_tensor`."""
+    """Stack labels of N things, int64 (N,) or float32 (N, K); see :func:`label_tensor`."""
     rows = [label_tensor(label, spec, place) for label in labels]
     if rows:
         return torch.stack(rows)

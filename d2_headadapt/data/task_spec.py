@@ -1,4 +1,4 @@
-"""What a task is: the entries of ``MODEL.TASKS``, checked."""
+"""Classification tasks: the entries of ``MODEL.TASKS``, checked."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TaskSpec:
 
     @property
     def multi(self) -> bool:
-        """Whether a thing may have several of the classes."""
+        """Whether the task is multi-label: a thing may have several of the classes."""
         return self.kind == "multi"
 
 
@@ -95,7 +95,7 @@ def task_specs(cfg: CfgNode, *, on: str | None = None, required: bool = False) -
 
 
 def source_tables(cfg: CfgNode) -> dict[str, ClassTable | None]:
-    """The classes that a file had for a task, where a user names them; ``None`` where nothing shall be taken."""
+    """Read the classes that a file had for a task, where a user names them; ``None`` to take nothing."""
     found: dict[str, ClassTable | None] = {}
     for name, node in cfg.MODEL.get("TASKS", {}).items():
         value = checked_task(name, node)["source_classes"]
@@ -116,7 +116,7 @@ def complete_tasks(cfg: CfgNode) -> None:
 
 
 def checked_task(name: Any, node: Any) -> dict[str, Any]:
-    """One entry of ``MODEL.TASKS``, completed.
+    """Check and complete one entry of ``MODEL.TASKS``.
 
     Raises:
         ConfigError: where the entry, a key or a value cannot be used.

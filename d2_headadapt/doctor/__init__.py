@@ -1,1 +1,1 @@
-"""Checks of config, datasets, checkpoint, embeddings and model against each other, before any training."""
+"""Check config, datasets, checkpoint, embeddings and model against each other, before any training."""

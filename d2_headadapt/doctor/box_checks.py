@@ -1,4 +1,4 @@
-"""HA221 to HA225: boxes against each other and against the size of their images."""
+"""Checks HA221 to HA225: boxes against each other and against the size of their images."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def boxes_are_inside(context: DoctorContext) -> Iterable[Finding]:
 
 
 def _good(labels: Labels) -> NDArray[np.bool_]:
-    """(M,) objects whose box has an area."""
+    """Mark the objects (M,) whose box has an area."""
     good: NDArray[np.bool_] = labels.objects & np.isfinite(labels.boxes).all(axis=1) & (labels.boxes[:, 2:] > 0).all(1)
     return good
 
 
 def _sizes(labels: Labels) -> NDArray[np.float64]:
-    """(M, 2) width and height of each annotation's image, NaN where nobody says them."""
+    """Return (M, 2) width and height of each annotation's image, NaN where nobody says them."""
     sizes = np.full((len(labels.image), 2), np.nan)
     there = labels.image >= 0
     sizes[there] = labels.sizes[labels.image[there]]
@@ -132,7 +132,7 @@ def _sizes(labels: Labels) -> NDArray[np.float64]:
 
 
 def _overhang(labels: Labels) -> NDArray[np.float64]:
-    """(M,) pixels by which a box leaves its image, 0 where it does not or where nobody can tell."""
+    """Measure in pixels (M,) how far a box leaves its image, 0 where it does not or where nobody can tell."""
     low, size = labels.boxes[:, :2], labels.boxes[:, 2:]
     over = np.concatenate([-low, low + size - _sizes(labels)], axis=1)
     over[~_good(labels)] = 0
@@ -141,7 +141,7 @@ def _overhang(labels: Labels) -> NDArray[np.float64]:
 
 
 def _are_corners(labels: Labels) -> bool:
-    """Many boxes leave their images, and nearly all are inside when read as two corners."""
+    """Tell whether many boxes leave their images, and nearly all are inside when read as two corners."""
     good = _good(labels)
     if good.sum() < FEWEST:
         return False

@@ -1,4 +1,4 @@
-"""The labels of a dataset as arrays, from one pass over a COCO json or from detectron2's dataset dicts.
+"""Read the labels of a dataset as arrays, in one pass over a COCO json or from detectron2's dataset dicts.
 
 A json of COCO's size is half a gigabyte, and parsed whole several times that: here one annotation is parsed at a time,
 and of each only what the checks look at is kept, so that the peak is the text twice and about 200 bytes an annotation.
@@ -79,11 +79,11 @@ class Labels:
 
     @property
     def objects(self) -> NDArray[np.bool_]:
-        """(M,) which annotations training sees: of an image that is there, of a known class, and no crowd."""
+        """Mask (M,) of the annotations that training sees: in an image that is there, of a known class, no crowd."""
         return (self.image >= 0) & (self.category >= 0) & ~self.crowd
 
     def annotation(self, m: int) -> str:
-        """Annotation ``m`` for a message: its id, its image and the image's file."""
+        """Describe annotation ``m`` for a message: its id, its image and the image's file."""
         i = int(self.image[m])
         file = f" ({self.files[i]})" if i >= 0 else ""
         named = "an annotation" if self.annotations[m] is None else f"annotation {self.annotations[m]!r}"
@@ -91,7 +91,7 @@ class Labels:
 
 
 class _Columns:
-    """Collects annotations one by one; memory is a few machine numbers each."""
+    """A collection of annotations in columns; memory is a few machine numbers each."""
 
     def __init__(self) -> None:
         self.ids: list[Any] = []
@@ -157,7 +157,7 @@ def _mask_kind(mask: Any) -> int:
 
 
 def _positions(values: Sequence[Any], among: Sequence[Any]) -> NDArray[np.int64]:
-    """Index in ``among`` of each value, the last of equals as in a COCO index, and -1 where it is not."""
+    """Find the index in ``among`` of each value, the last of equals as in a COCO index, and -1 where it is not."""
     index = {_hashable(one): i for i, one in enumerate(among)}
     return np.fromiter((index.get(_hashable(v), -1) for v in values), np.int64, len(values))
 
@@ -167,7 +167,7 @@ def _hashable(value: Any) -> Any:
 
 
 def read_coco(path: str) -> Labels:
-    """The labels in a COCO json, parsed an annotation at a time.
+    """Read the labels in a COCO json, an annotation at a time.
 
     Args:
         path: path or URI.
@@ -187,7 +187,7 @@ def read_coco(path: str) -> Labels:
 
 
 def _without_polygons(found: re.Match[str]) -> str:
-    """In place of polygons, whether one of them has three points."""
+    """Replace polygons by whether one of them has three points."""
     counts = [polygon.partition("]")[0].count(",") + 1 for polygon in found[1].split("[")[2:]]
     return f'"segmentation":{"true" if any(n >= 6 and n % 2 == 0 for n in counts) else "false"}'
 
@@ -231,13 +231,13 @@ def _labels(path: str, items: Iterable[tuple[str, Any]]) -> Labels:
 
 
 def _items(text: str) -> Iterator[tuple[str, Any]]:
-    """``(list, None)`` where one of the three lists begins, then ``(list, item)`` for each of its items."""
+    """Yield ``(list, None)`` where one of the three lists begins, then ``(list, item)`` for each of its items."""
 
     def skip(at: int) -> int:
         return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
 
     def after(at: int, closing: str) -> int:
-        """Where the next member begins, or where ``closing`` stands."""
+        """Find where the next member begins, or where ``closing`` stands."""
         at = skip(at)
         if text[at : at + 1] == closing:
             return at
@@ -278,7 +278,7 @@ def _number(value: Any) -> float:
 
 
 def labels_of_dicts(name: str, dicts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Labels:
-    """The labels of a dataset that only its function knows: categories are indices of ``names``."""
+    """Read the labels of a dataset that only its function knows: categories are indices of ``names``."""
     labels = Labels(f"dataset {name!r}", list(range(len(names))), list(names), from_json=False)
     columns = _Columns()
     labels.labelled = any("annotations" in one for one in dicts)

@@ -1,4 +1,4 @@
-"""HA128: the registries that a config names entries of."""
+"""Check HA128: the registries that a config names entries of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HA101-HA111: what the config says of its own keys, its datasets' names and its classes."""
+"""Checks HA101 to HA111: what the config says of its own keys, its datasets' names and its classes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def same_classes(context: DoctorContext) -> Iterator[Finding]:
 
 @check("HA106", "class counts are those of the datasets", needs=("settings",), quick=True)
 def class_counts(context: DoctorContext) -> Iterator[Finding]:
-    """Under ``setup`` a wrong count is overwritten; where the user's own code builds the config, nobody does it."""
+    """Compare class counts with the class list; ``setup`` overwrites a wrong count, a user's own code does not."""
     cfg = context.cfg
     for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ()):
         table, written = context.tables.get(space), key.of(cfg)
@@ -208,7 +208,7 @@ def tasks_are_read(context: DoctorContext) -> Iterator[Finding]:
 
 @check("HA109", "every value has the type of its key", quick=True)
 def value_types(context: DoctorContext) -> Iterator[Finding]:
-    """What yacs checks in files, a script's ``cfg.A.B = value`` passes by."""
+    """Check the types of values: yacs checks those of files, not a script's ``cfg.A.B = value``."""
     cfg, stock = context.cfg, context.defaults
     for key in map(Key, all_keys(stock)):
         default, value = key.of(stock), key.of(cfg)
@@ -240,7 +240,7 @@ def value_types(context: DoctorContext) -> Iterator[Finding]:
     yaml_only="keys of head_adapt are checked when it is read, and others belong to what they are passed to",
 )
 def misplaced_keys(context: DoctorContext) -> Iterator[Finding]:
-    """``cfg.BASE_LR = 0.1`` is legal in a script and does nothing; keys of a user's own components are left alone."""
+    """Find keys outside their section, such as ``cfg.BASE_LR``; keys of a user's own components are left alone."""
     cfg, stock = context.cfg, context.defaults
     known = list(all_keys(stock))
     for name, value in cfg.items():
@@ -273,7 +273,7 @@ def _unread(key: str, value: Any, meant: str) -> Finding:
 
 
 def _one_slip(name: str, other: str) -> bool:
-    """One letter inserted, left out or replaced, or two swapped; digits count as meant."""
+    """Tell whether names differ by one letter inserted, left out or replaced, or two swapped; digits count as meant."""
     if name == other or min(len(name), len(other)) < 4 or abs(len(name) - len(other)) > 1:
         return False
     start = next((i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), min(len(name), len(other)))
@@ -290,7 +290,7 @@ def _all_registered(cfg: CfgNode) -> bool:
 
 
 def _rewrites_counts(cfg: CfgNode) -> bool:
-    """Whether the heads settle the counts on a config of their own; theirs are classes outside detectron2."""
+    """Tell whether the heads set the counts on a config of their own, as classes outside detectron2 may."""
     return cfg.MODEL.META_ARCHITECTURE in WITH_ROI_HEADS and not is_stock(ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME)
 
 

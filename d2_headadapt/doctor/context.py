@@ -1,4 +1,4 @@
-"""What checks look at: config, datasets, weights, plan and model, each made when first asked for and kept."""
+"""Context of the checks: config, datasets, weights, plan and model, each made when first asked for and kept."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..data.task_datasets import settle_tasks
 from ..errors import DatasetError, HeadAdaptError
 from ..key import MODEL, Form, form_of
 from ..setup.components import add_component_keys, builder_of, import_components
-from ..setup.lazy.loading import load, unresolved
+from ..setup.lazy.loading import load_lazy_config, unresolved
 from ..setup.lazy.mirror import mirror_of
 from ..setup.recipe import LazyRecipe, Recipe, resolved_recipe
 from ..setup.yaml import load_config
@@ -49,7 +49,7 @@ class PartMissing(Exception):
 
 
 class DoctorContext:
-    """What is examined. Attributes are lazy and kept; nothing in it may be changed by a check.
+    """The context that checks examine. Attributes are lazy and kept; no check may change anything in it.
 
     ========== ============================= =================================================================
     part       attributes                    what it is
@@ -142,7 +142,7 @@ class DoctorContext:
         return found
 
     def part(self, name: str) -> Any:
-        """A part by name.
+        """Get a part by name.
 
         Raises:
             PartMissing: it cannot be had.
@@ -160,7 +160,7 @@ class DoctorContext:
         return self._kept(("part", name), name, makers[name])
 
     def failure(self, name: str) -> BaseException | None:
-        """The exception of making this very part: ``None`` where it is there, or is missing only because of another."""
+        """Return the exception of making this part; ``None`` if it is there, or missing because of another."""
         try:
             self.part(name)
         except PartMissing as missing:
@@ -175,7 +175,7 @@ class DoctorContext:
             if cfg.MODEL.HEAD_ADAPT.KEEP and self.weights:
                 cfg.MODEL.WEIGHTS = self.weights  # Its classes are those of the file.
             return cfg
-        self.lazy = load(self.config_file, self.opts, self.imports)
+        self.lazy = load_lazy_config(self.config_file, self.opts, self.imports)
         return mirror_of(self.lazy)
 
     def _defaults(self) -> CfgNode:
@@ -256,19 +256,19 @@ class DoctorContext:
         return tuple(n for n in names if n in DatasetCatalog)
 
     def json_path(self, name: str) -> str | None:
-        """The annotation file of a dataset, where its metadata names one."""
+        """Look up the annotation file of a dataset, where its metadata names one."""
         path = MetadataCatalog.get(name).get("json_file")
         return None if path is None else os.fspath(path)
 
     def small(self, name: str) -> bool:
-        """Whether this run may read the annotations of a dataset: always, except in the trainer's quick run."""
+        """Tell whether this run may read a dataset's annotations: always, except in the trainer's quick run."""
         if not self.quick:
             return True
         path = self.json_path(name)
         return path is not None and os.path.isfile(path) and os.path.getsize(path) <= QUICK_BYTES
 
     def raw_json(self, name: str) -> dict[str, Any] | None:
-        """The annotation file of a dataset as it is, parsed once; ``None`` where it has none that is a JSON mapping.
+        """Parse the annotation file of a dataset, once; ``None`` where it has none that is a JSON mapping.
 
         Raises:
             PartMissing: the file is not there or damaged; part ``raw_json of NAME``.
@@ -278,7 +278,7 @@ class DoctorContext:
         return found
 
     def dicts(self, name: str) -> list[dict[str, Any]]:
-        """The dataset dicts that detectron2's catalog gives, loaded once.
+        """Load the dataset dicts that detectron2's catalog gives, once.
 
         Raises:
             PartMissing: loading raised; part ``dicts of NAME``.

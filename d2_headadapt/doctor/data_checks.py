@@ -1,4 +1,4 @@
-"""HA201 to HA210: files of labels, their ids, and what training finds in them."""
+"""Checks HA201 to HA210: files of labels, their ids, and what training finds in them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def labels_are_readable(context: DoctorContext) -> Iterable[Finding]:
 
 @check("HA202", "every annotation has a class of its dataset", needs=("registered",), quick=True)
 def category_ids(context: DoctorContext) -> Iterable[Finding]:
-    """Training on a GPU shows such an id as a device-side assert, hours later (pains.md, 5)."""
+    """Find category ids out of range: on a GPU such an id is a device-side assert, hours later (pains.md, 5)."""
     for name, labels in readable(context):
         stray = labels.category < 0
         if not stray.any() or not (labels.from_json or labels.ids):
@@ -104,7 +104,7 @@ def unique_ids(context: DoctorContext) -> Iterable[Finding]:
 
 @check("HA205", "no class 0 that stands for background", needs=("registered",), quick=True, severity="warning")
 def background_class(context: DoctorContext) -> Iterable[Finding]:
-    """Roboflow writes the name of the dataset as category 0; others list background (pains.md, 21)."""
+    """Find a background class: Roboflow writes the dataset's name as category 0 (pains.md, 21)."""
     for name, labels in detected(context, context.train_names):
         if _empty_first(labels):
             yield Finding(
@@ -121,7 +121,7 @@ def background_class(context: DoctorContext) -> Iterable[Finding]:
 
 
 def _empty_first(labels: Labels) -> bool:
-    """Class 0 has no annotation at all, its name or its place says that it is no class, and others have boxes."""
+    """Tell whether class 0 has no annotation, name or place say that it is no class, and others have boxes."""
     if len(labels.ids) < 2 or (labels.category == 0).any() or not (labels.category > 0).any():
         return False
     supers = {category.get("supercategory") for category in labels.categories if category.get("id") != labels.ids[0]}
@@ -240,7 +240,7 @@ def images_without_boxes(context: DoctorContext) -> Iterable[Finding]:
 
 @check("HA210", "no annotation has the id 0 in a test set", needs=("registered",), quick=True, severity="warning")
 def annotation_id_zero(context: DoctorContext) -> Iterable[Finding]:
-    """COCO's evaluation takes a match with annotation 0 for no match at all."""
+    """Find annotation id 0: COCO's evaluation takes a match with it for no match at all."""
     for name, labels in from_json(context, context.test_names):
         if 0 in labels.annotations:
             yield Finding(

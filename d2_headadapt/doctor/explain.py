@@ -1,4 +1,4 @@
-"""What a pasted error means, and what to type: ``d2-headadapt explain``."""
+"""Explain what a pasted error means, and what to type: ``d2-headadapt explain``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Explanation:
 
 
 def explain(text: str) -> list[Explanation]:
-    """The known errors of a text, the one that counts first, then the others from the last to the first.
+    """Find the known errors of a text, the one that counts first, then the others from the last to the first.
 
     What counts is the last exception of a traceback that is known, because Python prints the one that ended the run
     last; log lines come after every exception. Of each error the last occurrence is explained.
@@ -67,20 +67,20 @@ def explain(text: str) -> list[Explanation]:
 
 
 def _most_telling(matches: Sequence[re.Match[str]]) -> re.Match[str]:
-    """The last match; of tensors that were skipped, a classifier's weight, else a weight where there is one."""
+    """Pick the last match; of skipped tensors, a classifier's weight, else a weight where there is one."""
     classifiers = [m for m in matches if re.search(r"(cls_score|predictor|class_embed\S*)\.weight", m[0])]
     weights = [m for m in matches if re.search(r"\bweight\b", m[0])]
     return (classifiers or weights or list(matches))[-1]
 
 
 def _before(text: str, match: re.Match[str]) -> str:
-    """The text before a match, since the last traceback began."""
+    """Return the text before a match, since the last traceback began."""
     before = text[: match.start()]
     return before[max(before.rfind("Traceback (most recent call last)"), 0) :]
 
 
 def explanation_text(text: str) -> tuple[str, bool]:
-    """What ``d2-headadapt explain`` prints, and whether the error is known."""
+    """Write what ``d2-headadapt explain`` prints, and whether the error is known."""
     found = explain(text)
     if not found:
         return shown(NOT_KNOWN), False

@@ -1,4 +1,4 @@
-"""HA211 to HA219: class names against the metadata, and the fields that the enabled heads ask of every annotation."""
+"""Checks HA211 to HA219: class names against the metadata, and the fields that enabled heads ask of annotations."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def class_names(context: DoctorContext) -> Iterable[Finding]:
 
 @check("HA212", "the metadata of every dataset says what its json says", needs=("registered",), quick=True)
 def metadata_conflicts(context: DoctorContext) -> Iterable[Finding]:
-    """detectron2 asserts it when it loads the json (pains.md, 9)."""
+    """Find class names that contradict the metadata, which detectron2 asserts on loading (pains.md, 9)."""
     for name, labels in from_json(context):
         metadata = MetadataCatalog.get(name)
         new_ids = {category: k for k, category in enumerate(labels.ids)}
@@ -208,7 +208,7 @@ def _keypoint_names(context: DoctorContext, name: str, labels: Labels) -> list[s
 
 @check("HA217", "keypoints have a flip map and sigmas", needs=("registered",), quick=True)
 def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
-    """pains.md, 22: the sigmas are asked for when the training is over."""
+    """Find missing keypoint sigmas, which are asked for when the training is over (pains.md, 22)."""
     cfg = context.cfg
     if not (has_roi_heads(cfg) and cfg.MODEL.KEYPOINT_ON):
         return
@@ -245,7 +245,7 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
 
 @check("HA218", "every task has labels that it knows", needs=("settings",), quick=True)
 def task_labels(context: DoctorContext) -> Iterable[Finding]:
-    """What only loading would tell; a task whose classes the data tells is HA104's where it has no label."""
+    """Find task labels that only loading would refuse; HA104 names a task without any label."""
     for task, node in context.cfg.MODEL.get("TASKS", {}).items():
         for key, names in ((DATASETS.TRAIN, context.train_names), (DATASETS.TEST, context.test_names)):
             # Datasets that the user's own function loads tell it only by being loaded.

@@ -1,4 +1,4 @@
-"""What a check is, and what it finds.
+"""Checks and their findings as types, and the register of checks.
 
 A check is a small function with a code. It names the parts of the context that it needs. Where a part cannot be had,
 the check that reports it says why (:meth:`d2_headadapt.doctor.context.DoctorContext.failure`), and every check that
@@ -21,7 +21,7 @@ from .context import PartMissing as PartMissing
 
 
 def finding_of(code: str, error: BaseException, severity: Severity = "error", where: Words = "") -> Finding:
-    """The finding that an exception amounts to; ``where`` serves exceptions that are not this package's."""
+    """Make a finding of an exception; ``where`` serves exceptions that are not this package's."""
     if not isinstance(error, HeadAdaptError):
         text = " ".join(f"{type(error).__name__}: {error}".split())
         error = ConfigError(where, expected="no exception", found=text, fix="Mend what the message names.")
@@ -82,5 +82,5 @@ def check(
 
 
 def is_stock(registry: Any, name: str) -> bool:
-    """Whether a registered component is detectron2's own, so that this package knows what it reads."""
+    """Tell whether a registered component is detectron2's own, so that this package knows what it reads."""
     return name in registry and str(registry.get(name).__module__).startswith("detectron2.")

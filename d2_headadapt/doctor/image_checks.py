@@ -1,4 +1,4 @@
-"""HA231 to HA237: the files of images, on disk and inside.
+"""Checks HA231 to HA237: the files of images, on disk and inside.
 
 Every file is looked for; a sample of them, or all with ``--all-images``, is read as detectron2's mapper reads it.
 """
@@ -50,7 +50,7 @@ _looked: WeakKeyDictionary[DoctorContext, dict[Any, Any]] = WeakKeyDictionary()
 
 
 def _datasets(context: DoctorContext) -> Iterator[tuple[str, Labels, list[str]]]:
-    """Each dataset on local disk with the paths of its images."""
+    """Yield each dataset on local disk with the paths of its images."""
     for name, labels in readable(context):
         paths = _paths(context, name, labels)
         if paths and not _remote(paths):
@@ -71,7 +71,7 @@ def _paths(context: DoctorContext, name: str, labels: Labels) -> list[str]:
 
 
 def _bytes(context: DoctorContext, name: str, paths: Sequence[str]) -> list[int]:
-    """Size in bytes of every file, -1 where none is."""
+    """Look up the size in bytes of every file, -1 where none is."""
     kept = _looked.setdefault(context, {})
     if ("bytes", name) not in kept:
         kept["bytes", name] = [_size_of(path) for path in paths]
@@ -88,7 +88,7 @@ def _size_of(path: str) -> int:
 
 
 def _seen(context: DoctorContext, name: str, paths: Sequence[str]) -> list[Seen]:
-    """What a sample of the files that are there holds; the same files whenever the same dataset is asked for."""
+    """Open a sample of the files that are there; the same files whenever the same dataset is asked for."""
     kept = _looked.setdefault(context, {})
     if ("seen", name) not in kept:
         there = [i for i, size in enumerate(_bytes(context, name, paths)) if size >= 0]
@@ -158,7 +158,7 @@ def images_are_readable(context: DoctorContext) -> Iterable[Finding]:
 
 @check("HA233", "images have the size that the labels say", needs=("registered",))
 def image_sizes(context: DoctorContext) -> Iterable[Finding]:
-    """detectron2's mapper stops at the first that has not (``SizeMismatchError``)."""
+    """Find images of another size than declared: detectron2's mapper stops at the first (``SizeMismatchError``)."""
     for name, labels, paths in _datasets(context):
         seen = [one for one in _seen(context, name, paths) if not one.error]
         wrong = [one for one in seen if (labels.sizes[one.index] > 0).all() and one.turned != _said(labels, one)]
@@ -230,14 +230,14 @@ def shared_files(context: DoctorContext) -> Iterable[Finding]:
 
 
 def _in_real_folders(paths: Sequence[str]) -> list[str]:
-    """``paths`` with the links among their folders followed; once for each folder, because that asks the disk."""
+    """Follow the links among the folders of ``paths``; once for each folder, because that asks the disk."""
     folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
     return [os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths]
 
 
 @check("HA236", "no image of the test sample is in train under another name", needs=("registered",), severity="warning")
 def shared_content(context: DoctorContext) -> Iterable[Finding]:
-    """Files of a sampled test image's size in bytes are read and compared: few are, so all of train can be."""
+    """Compare files of a sampled test image's size in bytes: few are, so all of train can be read."""
     datasets = list(_datasets(context))
     train = [one for one in datasets if one[0] in context.train_names]
     for name, labels, paths in datasets:

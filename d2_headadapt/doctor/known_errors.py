@@ -1,4 +1,4 @@
-"""Errors of torch, detectron2, RegionCLIP and the COCO tools that people meet when they change classes: cause and mend.
+"""Known errors of torch, detectron2, RegionCLIP and the COCO tools that a change of classes causes, with their fix.
 
 Each pattern was written against the text that the library itself produces, and captures its numbers and names.
 """

@@ -15,7 +15,7 @@ DOCTOR = "d2-headadapt doctor --config-file YAML"
 
 
 def registered_names(registry: str) -> list[str]:
-    """What detectron2's modeling code and this package's enter in a registry, by their source: nothing is imported.
+    """List what detectron2's modeling code and this package's register, by their source: nothing is imported.
 
     Args:
         registry: its name in messages, such as ``ROI_HEADS``.

@@ -88,14 +88,14 @@ def _two_sizes(m: re.Match[str], before: str) -> Answer:
     if re.search(r"copy_\(|pre_computed_w|TEXT_EMB", before):
         return _embedding(a, b, dim)
     if re.search(r"optim/|\.step\(|exp_avg|momentum|_single_tensor|_multi_tensor|_foreach", before):
-        return _moments(a, b)
+        return _optimizer_state(a, b)
     if dim == 1 and a in ENCODERS and b in ENCODERS:
         return _embedding(a, b, dim)
     if dim == 0 and "File " not in before:
-        moments, embedding = _moments(a, b), _embedding(a, b, dim)
+        state, embedding = _optimizer_state(a, b), _embedding(a, b, dim)
         return (
-            f"Either (in optimizer.step) {moments[0]}\nOr (at copy_ in a constructor) {embedding[0]}",
-            f"In step(): {moments[1]} At copy_: {embedding[1]} The traceback tells which: paste all of it.",
+            f"Either (in optimizer.step) {state[0]}\nOr (at copy_ in a constructor) {embedding[0]}",
+            f"In step(): {state[1]} At copy_: {embedding[1]} The traceback tells which: paste all of it.",
         )
     return (
         f"Two tensors of {a} and {b} entries along dimension {dim} meet in an elementwise operation,\nand this text "
@@ -104,10 +104,10 @@ def _two_sizes(m: re.Match[str], before: str) -> Answer:
     )
 
 
-def _moments(a: int, b: int) -> Answer:
+def _optimizer_state(a: int, b: int) -> Answer:
     return (
-        f"The optimizer's moments have {a} rows and the head has {b}: a resume loaded the optimizer of another class "
-        "list.\nThe weights were reset, the moments were loaded by position.",
+        f"The optimizer state has {a} rows and the head has {b}: a resume loaded that of another class "
+        "list.\nThe weights were reset, the optimizer state was loaded by position.",
         f"To go on and keep what is shared: --resume with {HEAD_ADAPT.RESUME.set('adapt')}. To start afresh: no "
         f"--resume and a new {OUTPUT_DIR}.",
         "HA307",
@@ -192,7 +192,7 @@ def _batches(m: re.Match[str], before: str) -> Answer:
 
 
 def _as_maps(values: int) -> str:
-    """Square feature maps with the channels of a ResNet's stages that have so many values."""
+    """List square feature maps with the channels of a ResNet's stages that have so many values."""
     found = [
         f"{channels} x {side} x {side}"
         for channels in (64, 128, 256, 512, 1024, 2048)

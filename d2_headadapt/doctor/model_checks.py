@@ -1,4 +1,4 @@
-"""The model itself: it builds, its parts fit each other, the batch survives, and nothing in it is forgotten."""
+"""Check the model: it builds, its parts fit, the batch survives, and every module is used."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ _ON_CPU: WeakKeyDictionary[DoctorContext, nn.Module] = WeakKeyDictionary()
 
 
 def _trouble(context: DoctorContext) -> Trouble | None:
-    """The first trouble of the model's parts, found once for a context."""
+    """Find the first trouble of the model's parts, once for a context."""
     if context not in _TROUBLE:
         _TROUBLE[context] = _find_trouble(context)
     return _TROUBLE[context]
 
 
 def _find_trouble(context: DoctorContext) -> Trouble | None:
-    """What fails on the meta device must fail on the CPU too; some of torch's checks exist only there."""
+    """Walk the parts on the meta device, then on the CPU where that fails; some of torch's checks exist only there."""
     channels = len(context.resolved.MODEL.PIXEL_MEAN)
     for batch in BATCHES:
         if walk(context.model, channels, batch) is not None:
@@ -100,7 +100,7 @@ def _parameters(context: DoctorContext) -> int:
 
 
 def _on_cpu(context: DoctorContext) -> nn.Module:
-    """A model with values, on the CPU, built once for a context; no random stream moves."""
+    """Build a model with values on the CPU, once for a context; no random stream moves."""
     if context not in _ON_CPU:
         _ON_CPU[context] = context.recipe.build_small()
     return _ON_CPU[context]
@@ -108,7 +108,7 @@ def _on_cpu(context: DoctorContext) -> nn.Module:
 
 @check("HA504", "every module with parameters is used", needs=("model",), severity="warning")
 def everything_is_used(context: DoctorContext) -> Iterator[Finding]:
-    """A module that was added and never called trains nothing, and stops training on several GPUs."""
+    """Find modules that are never called: they train nothing, and stop training on several GPUs."""
     count = _parameters(context)
     if count > FORWARD_PARAMETERS:
         reason = f"{count / 1e6:.0f} million parameters: a forward pass on the CPU would take long"
@@ -135,7 +135,7 @@ def everything_is_used(context: DoctorContext) -> Iterator[Finding]:
 
 
 class _Touched(TorchFunctionMode):
-    """Remembers the parameters that any operation of torch gets, by identity."""
+    """A record of the parameters that any operation of torch gets, by identity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class _Touched(TorchFunctionMode):
 
 @torch.no_grad()
 def unused(model: nn.Module, inputs: Any) -> list[tuple[str, str]]:
-    """Modules with parameters that an evaluation never called and whose parameters no operation got: name and class.
+    """List modules that an evaluation never called and whose parameters no operation got: name and class.
 
     Of modules inside each other only the outermost is named.
 

@@ -1,4 +1,4 @@
-"""The labels of the datasets of a context: read once, and what the checks ask of them."""
+"""Read the labels of a context's datasets once, and answer what the checks ask of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _read: WeakKeyDictionary[DoctorContext, dict[Any, Labels | Exception]] = WeakKey
 
 
 def labels_of(context: DoctorContext, name: str) -> Labels | None:
-    """The labels of a registered dataset, read once; ``None`` where a quick run leaves them out.
+    """Read the labels of a registered dataset, once; ``None`` where a quick run leaves them out.
 
     Raises:
         PartMissing: they cannot be read; part ``labels of NAME``.
@@ -46,7 +46,7 @@ def labels_of(context: DoctorContext, name: str) -> Labels | None:
 
 
 def coco_path(context: DoctorContext, name: str) -> str | None:
-    """The json that detectron2's own COCO loader reads for a dataset, else ``None``."""
+    """Find the json that detectron2's own COCO loader reads for a dataset, else ``None``."""
     metadata = MetadataCatalog.get(name)
     return context.json_path(name) if metadata.get("evaluator_type") == "coco" else None
 
@@ -57,7 +57,7 @@ def _from_catalog(context: DoctorContext, name: str) -> Labels:
 
 
 def readable(context: DoctorContext, names: Sequence[str] | None = None) -> Iterator[tuple[str, Labels]]:
-    """Each dataset with its labels; those that cannot be read come last, as one :class:`PartMissing`."""
+    """Yield each dataset with its labels; those that cannot be read come last, as one :class:`PartMissing`."""
     missing: PartMissing | None = None
     for name in context.dataset_names if names is None else dict.fromkeys(names):
         try:
@@ -72,12 +72,12 @@ def readable(context: DoctorContext, names: Sequence[str] | None = None) -> Iter
 
 
 def from_json(context: DoctorContext, names: Sequence[str] | None = None) -> Iterator[tuple[str, Labels]]:
-    """As :func:`readable`, the datasets that detectron2's COCO loader reads."""
+    """Yield, like :func:`readable`, the datasets that detectron2's COCO loader reads."""
     return ((name, labels) for name, labels in readable(context, names) if labels.from_json)
 
 
 def detected(context: DoctorContext, names: Sequence[str] | None = None) -> Iterator[tuple[str, Labels]]:
-    """As :func:`readable`, the datasets whose boxes this model reads."""
+    """Yield, like :func:`readable`, the datasets whose boxes this model reads."""
     if context.cfg.MODEL.META_ARCHITECTURE in WITHOUT_BOXES:
         return iter(())
     return ((name, labels) for name, labels in readable(context, names) if labels.labelled)
@@ -88,7 +88,7 @@ def has_roi_heads(cfg: CfgNode) -> bool:
 
 
 def image_tasks(cfg: CfgNode) -> list[str]:
-    """The names of the tasks on images."""
+    """List the names of the tasks on images."""
     return [task for task, node in cfg.MODEL.get("TASKS", {}).items() if checked_task(task, node)["on"] == "image"]
 
 
@@ -97,20 +97,20 @@ def place(name: str, labels: Labels) -> str:
 
 
 def some(flags: NDArray[np.bool_], labels: Labels, most: int = 3) -> str:
-    """``17 of 800, such as annotation 4 of image 2 (b.jpg)``."""
+    """Write ``17 of 800, such as annotation 4 of image 2 (b.jpg)``."""
     first = np.flatnonzero(flags)[:most]
     return f"{int(flags.sum())} of {len(flags)}, such as {'; '.join(labels.annotation(int(m)) for m in first)}"
 
 
 def listed(values: Iterable[Any], most: int = 6) -> str:
-    """The first few of ``values`` as a user wrote them, and how many more there are."""
+    """Write the first few of ``values`` as a user wrote them, and how many more there are."""
     values = list(values)
     more = f", ... ({len(values) - most} more)" if len(values) > most else ""
     return ", ".join(repr(v) for v in values[:most]) + more
 
 
 def unreadable(context: DoctorContext, code: str, name: str) -> Finding | None:
-    """The finding for a dataset whose labels cannot be read."""
+    """Make the finding for a dataset whose labels cannot be read."""
     try:
         labels_of(context, name)
     except PartMissing as missing:

@@ -1,4 +1,4 @@
-"""What ``--resume`` would do with the run that OUTPUT_DIR holds."""
+"""Check what ``--resume`` would do with the run that OUTPUT_DIR holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .finding import DoctorContext, Finding, check
 
 
 def last_checkpoint(cfg: CfgNode) -> str | None:
-    """The file that ``OUTPUT_DIR/last_checkpoint`` names, as fvcore reads it; ``None`` where there is no such note."""
+    """Find the file that ``OUTPUT_DIR/last_checkpoint`` names, as fvcore does; ``None`` without such a note."""
     note = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
     if not os.path.isfile(note):
         return None
@@ -28,7 +28,7 @@ def last_checkpoint(cfg: CfgNode) -> str | None:
 
 @check("HA305", f"no other run lies in {OUTPUT_DIR}", severity="warning")
 def other_run(context: DoctorContext) -> Iterator[Finding]:
-    """With --resume MODEL.WEIGHTS is ignored; without it the run in OUTPUT_DIR is overwritten."""
+    """Find a run in OUTPUT_DIR: with --resume MODEL.WEIGHTS is ignored, without it the run is overwritten."""
     cfg = context.cfg
     last = last_checkpoint(cfg)
     if last is None:
@@ -79,7 +79,7 @@ def iterations_left(context: DoctorContext) -> Iterator[Finding]:
 
 @check("HA307", f"the optimizer in {OUTPUT_DIR} is of this class list", needs=("model", "settings"), severity="warning")
 def optimizer_fits(context: DoctorContext) -> Iterator[Finding]:
-    """Stock detectron2 loads moments by position, and the first ``step()`` raises on two sizes."""
+    """Find optimizer state of other shapes: stock detectron2 loads it by position, and ``step()`` raises."""
     cfg = context.resolved
     last, checkpoint = last_checkpoint(cfg), _readable(cfg)
     if last is None or not find_state(checkpoint) or context.settings.resume == "adapt":
@@ -102,7 +102,7 @@ def optimizer_fits(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _readable(cfg: CfgNode) -> Mapping[str, Any]:
-    """The content of the last checkpoint; empty where there is none or HA305 says that it cannot be read."""
+    """Read the last checkpoint; empty where there is none or HA305 says that it cannot be read."""
     last = last_checkpoint(cfg)
     if last is None or not os.path.isfile(last):
         return {}
@@ -113,7 +113,7 @@ def _readable(cfg: CfgNode) -> Mapping[str, Any]:
 
 
 def _iteration(checkpoint: Mapping[str, Any]) -> int | None:
-    """The last iteration that was done: a trainer's own count, else the periodic checkpointer's."""
+    """Find the last iteration that was done: a trainer's own count, else the periodic checkpointer's."""
     trainer = checkpoint.get("trainer")
     for holder in (trainer if isinstance(trainer, Mapping) else {}, checkpoint):
         if isinstance(holder.get("iteration"), int):

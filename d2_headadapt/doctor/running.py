@@ -1,4 +1,4 @@
-"""Running the checks, and saying what they found."""
+"""Run the checks and report their findings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ UNFINISHED = "HA100"
 
 @dataclass(frozen=True)
 class Report:
-    """What an examination found.
+    """The findings of an examination.
 
     Args:
         findings: the worst first, then by code.
@@ -59,12 +59,12 @@ class Report:
     seconds: float = 0.0
 
     def of(self, severity: str) -> list[Finding]:
-        """The findings of one severity."""
+        """Pick the findings of one severity."""
         return [finding for finding in self.findings if finding.severity == severity]
 
     @property
     def exit_code(self) -> int:
-        """1 where an error stands, else 0."""
+        """Exit code: 1 where an error stands, else 0."""
         return 1 if self.of("error") else 0
 
 
@@ -111,7 +111,7 @@ def run_checks(context: DoctorContext, checks: Iterable[Check]) -> Report:
 
 
 def report_text(report: Report) -> str:
-    """The report for a terminal: coloured where standard output is one."""
+    """Render the report for a terminal: coloured where standard output is one."""
     blocks = []
     for finding in report.findings:
         head = colored(f"{finding.severity} {finding.code}", COLOURS[finding.severity], attrs=["bold"])
@@ -129,7 +129,7 @@ def report_text(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """One line: how many checks ran, and how many findings of each severity."""
+    """Sum up in one line: how many checks ran, and how many findings of each severity."""
     counts = ", ".join(
         f"{len(found)} {severity}{'' if len(found) == 1 else 's'}"
         for severity in RANK
@@ -140,7 +140,7 @@ def verdict(report: Report) -> str:
 
 
 def report_json(report: Report) -> str:
-    """The report as JSON: ``{"version": 1, "findings": [...], "not_run": {code: reason}, "checks": n, ...}``."""
+    """Write the report as JSON: ``{"version": 1, "findings": [...], "not_run": {code: reason}, "checks": n, ...}``."""
     content = {
         "version": REPORT_VERSION,
         "findings": [finding.to_json() for finding in report.findings],
@@ -153,7 +153,7 @@ def report_json(report: Report) -> str:
 
 
 def checks_markdown() -> str:
-    """Every check as a table: code, what holds when it is silent, the worst it finds, whether the trainer runs it."""
+    """List every check as a table: code, what holds when it is silent, worst severity, whether the trainer runs it."""
     rows = [
         (one.code, shown(one.title), one.severity, "yes" if one.quick else "", ", ".join(one.needs))
         for one in sorted(CHECKS.values(), key=lambda check: check.code)
@@ -163,7 +163,7 @@ def checks_markdown() -> str:
 
 
 def examine_before_training(cfg: CfgNode, lazy: DictConfig | None = None) -> Report:
-    """The quick checks on a config that is about to be trained: no image and no large annotation file is read.
+    """Run the quick checks before a training: no image and no large annotation file is read.
 
     The main process logs one line when all is well, else each finding.
 
@@ -189,6 +189,6 @@ def examine_before_training(cfg: CfgNode, lazy: DictConfig | None = None) -> Rep
 
 
 def as_error(finding: Finding) -> HeadAdaptError:
-    """The exception that a finding amounts to."""
+    """Make the exception of a finding."""
     where = f"{finding.code}, {finding.where}"
     return type(finding.error)(where, expected=finding.expected, found=finding.found, fix=finding.fix)

@@ -1,4 +1,4 @@
-"""HA401-HA407: class embeddings, as the model's constructor would refuse them."""
+"""Checks HA401 to HA407: class embeddings, as the model's constructor would refuse them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HA121-HA130 but HA128: schedule, batches, input and keypoints, as far as the config alone shows them."""
+"""Checks HA121 to HA130 but HA128: schedule, batches, input and keypoints, as far as the config alone shows them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _own_scheduler(name: str) -> Finding:
-    """A name that detectron2 does not know: a trainer's own ``build_lr_scheduler`` may, unless it is a slip."""
+    """Report a name that detectron2 does not know: a trainer's own ``build_lr_scheduler`` may, unless it is a slip."""
     meant = difflib.get_close_matches(name, SCHEDULERS, n=1, cutoff=SLIP)
     return Finding(
         "HA122",
@@ -191,7 +191,7 @@ def evaluation(context: DoctorContext) -> Iterator[Finding]:
 
 @check("HA125", "keypoints that the config counts and mirrors fit each other", needs=("settings",), quick=True)
 def keypoints(context: DoctorContext) -> Iterator[Finding]:
-    """What no json is needed for: HA217 looks at the keypoints that datasets declare."""
+    """Check keypoint keys that need no json; HA217 looks at the keypoints that datasets declare."""
     cfg = context.cfg
     if not cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE not in WITH_ROI_HEADS:
         return
@@ -328,5 +328,5 @@ def _steps(cfg: CfgNode) -> list[float]:
 
 
 def _numbers(*values: Any) -> bool:
-    """Whether each is a number; what is none has the finding of HA109."""
+    """Mark the values that are numbers; HA109 has a finding for what is none."""
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)

@@ -1,4 +1,4 @@
-"""Running the parts of a detector one by one on nothing, to see where shapes do not fit.
+"""Run the parts of a detector one by one on zeros or on the meta device, to see where shapes do not fit.
 
 A whole detector does not run on the meta device (which boxes survive depends on values), its parts do. What stands
 between them, pooling and non-maximum suppression, is replaced by the shape that it hands on.
@@ -32,7 +32,7 @@ SIDE = 64
 
 @dataclass(frozen=True)
 class Trouble:
-    """Where a walk stopped.
+    """The place where a walk stopped.
 
     Args:
         module: dotted name of the innermost module that was running.
@@ -52,7 +52,7 @@ class Trouble:
 
 
 class Stopped(Exception):
-    """Carries the trouble out of a walk."""
+    """An exception that carries the trouble out of a walk."""
 
     def __init__(self, trouble: Trouble) -> None:
         self.trouble = trouble
@@ -61,7 +61,7 @@ class Stopped(Exception):
 
 @torch.no_grad()
 def walk(model: nn.Module, channels: int, batch: int) -> Trouble | None:
-    """Run the parts of a detector in evaluation mode; the first trouble, or ``None``.
+    """Run the parts of a detector in evaluation mode; return the first trouble, or ``None``.
 
     Parts whose surroundings are not detectron2's own (a class that overrides how its heads are called) are left out:
     nobody knows what they get.
@@ -80,7 +80,7 @@ def walk(model: nn.Module, channels: int, batch: int) -> Trouble | None:
 
 
 class _Watched:
-    """Knows which modules are running, by hooks that go when the walk ends."""
+    """A stack of the modules that are running, by hooks that go when the walk ends."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
@@ -106,7 +106,7 @@ class _Watched:
         self.running.pop()
 
     def run(self, part: nn.Module, call: Callable[..., Any], *inputs: Any, rows: int) -> Any:
-        """The output of a part, every tensor of which must have ``rows`` rows."""
+        """Run a part and check that every tensor of its output has ``rows`` rows."""
         name = f"{self.names[id(part)]} ({type(part).__name__})"
         given = ", ".join(shape_text(t.shape) for t in tensors_of(inputs))
         self.running.clear()
@@ -127,7 +127,7 @@ class _Watched:
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists, tuples and dicts."""
+    """Yield every tensor in nested lists, tuples and dicts."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -189,7 +189,7 @@ def _run_roi_heads(heads: Any, watched: _Watched, features: Mapping[str, torch.T
 
 
 def _pooled(features: Mapping[str, torch.Tensor], names: Sequence[str], pooler: Any, rows: int) -> torch.Tensor:
-    """What pooling regions gives: the channels of a map, the pooler's height and width."""
+    """Compute the shape of pooled regions: the channels of a map, the pooler's height and width."""
     first = features[names[0]]
     return first.new_zeros(rows, first.shape[1], *pooler.output_size)
 
@@ -203,7 +203,7 @@ def _run_predictor(predictor: nn.Module, watched: _Watched, vectors: torch.Tenso
 
 
 def _run_layers(head: Any, watched: _Watched, maps: torch.Tensor, rows: int) -> None:
-    """A mask or keypoint head without its loss."""
+    """Run a mask or keypoint head without its loss."""
     for base in (BaseMaskRCNNHead, BaseKeypointRCNNHead):
         if isinstance(head, base) and type(head).forward is base.forward:
             watched.run(head, head.layers, maps, rows=rows)

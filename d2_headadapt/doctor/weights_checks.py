@@ -1,4 +1,4 @@
-"""Checkpoint, plan and resume against config and model. Nothing is loaded: names, shapes and class tables suffice."""
+"""Check checkpoint, plan and resume against config and model, by names, shapes and class tables; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def heads_kept(context: DoctorContext) -> Iterator[Finding]:
 
 @check("HA304", "a class list of the same length is the same list", needs=("plan",), severity="warning")
 def same_count(context: DoctorContext) -> Iterator[Finding]:
-    """Shapes cannot tell two lists of one length apart, so stock detectron2 loads such a file without a word."""
+    """Find another class list of the same length, which stock detectron2 loads without a word."""
     plan = context.plan
     for space, target in plan.target.items():
         source = plan.source.get(space)
@@ -113,7 +113,7 @@ def same_count(context: DoctorContext) -> Iterator[Finding]:
 
 @check("HA308", "every class that is evaluated has a trained row", needs=("plan",))
 def evaluated_rows(context: DoctorContext) -> Iterator[Finding]:
-    """Only where the config has nothing to train on: in training, new rows are what one wants."""
+    """Find new rows where the config has nothing to train on; in training they are what one wants."""
     cfg = context.resolved
     if len(cfg.DATASETS.TRAIN) or not len(cfg.DATASETS.TEST) or cfg.MODEL.HEAD_ADAPT.ALLOW_NEW_ROWS_AT_EVAL:
         return
@@ -192,7 +192,7 @@ def _matched_spaces(context: DoctorContext) -> bool:
 
 @check("HA311", "the backbone is that of the checkpoint", needs=("plan",), severity="warning")
 def same_backbone(context: DoctorContext) -> Iterator[Finding]:
-    """A ResNet-101 file fills a ResNet-50 without a mismatch: what is left over is the only sign."""
+    """Find a backbone of another depth: a ResNet-101 file fills a ResNet-50, and only leftovers show it."""
     plan = context.plan
     if plan.coverage < context.settings.min_coverage or plan.loads_nothing:
         return  # HA302 says it.
@@ -226,5 +226,5 @@ def same_backbone(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _no_sign(t: TensorPlan) -> bool:
-    """Left out by the user, or a counter that frozen batch norms do not have."""
+    """Tell whether a tensor is left out by the user, or a counter that frozen batch norms do not have."""
     return t.cause.by_user or t.name.endswith("num_batches_tracked")

@@ -1,4 +1,4 @@
-"""Training, evaluation, prediction, and the processes that they run in."""
+"""Train, evaluate and predict, and launch the processes that do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads that never train are found in the first iteration: a head that is declared and never called is silent."""
+"""Find heads that never train, in the first iteration: a head that is declared and never called is silent."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Untrained:
     unused: bool = False
 
     def line(self, iteration: int, checked_until: int, processes: int) -> str:
-        """What is said about it.
+        """Say what is wrong with it.
 
         Args:
             iteration: how many were done.
@@ -78,7 +78,7 @@ class Untrained:
 
 
 class UntrainedHeads(HookBase):
-    """Names, after the first iteration, every parameter outside the backbone that trains in name only.
+    """A hook that names, after the first iteration, every parameter outside the backbone without a gradient.
 
     That is one whose gradient is ``None`` or all zeros. Parameters that were frozen on purpose (``requires_grad``
     False) are left alone. What another batch may mend (a task without a label in the first one) is looked at again,
@@ -98,7 +98,7 @@ class UntrainedHeads(HookBase):
         self._steps = 0
 
     def before_step(self) -> None:
-        """Before the first iteration, listen to who is called."""
+        """Listen, before the first iteration, to which modules are called."""
         if self._pending is not None:
             return
         model = self._model()
@@ -166,7 +166,7 @@ class UntrainedHeads(HookBase):
 def find_untrained(
     model: nn.Module, pending: Mapping[str, nn.Parameter], called: Collection[str], specs: Sequence[TaskSpec]
 ) -> list[Untrained]:
-    """The heads of parameters that got no gradient, each with its reason.
+    """Find the heads of parameters that got no gradient, each with its reason.
 
     Args:
         model: not wrapped.
@@ -199,6 +199,6 @@ def find_untrained(
 
 
 def _prefixes(name: str) -> list[str]:
-    """The modules around a parameter or module, outermost first: ``a.b.weight`` is in ``a`` and ``a.b``."""
+    """List the modules around a parameter or module, outermost first: ``a.b.weight`` is in ``a`` and ``a.b``."""
     parts = name.split(".")[:-1]
     return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,4 +1,4 @@
-"""From a command line to the processes that train: arguments, launch, exit codes."""
+"""Launch the processes that train from a command line: arguments, launch, exit codes."""
 
 from __future__ import annotations
 

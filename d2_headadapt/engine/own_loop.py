@@ -1,4 +1,4 @@
-"""For people who own their loop: a state dict adapted in one call, a built model fitted on any loader's images."""
+"""Adapt and fit inside a user's own loop: a state dict in one call, a built model on any loader's images."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _PIXELS = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, to
 _INDICES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def class_counts(model: nn.Module) -> dict[str, int]:
-    """The number of classes of each label space that a model has a head for."""
+def count_classes(model: nn.Module) -> dict[str, int]:
+    """Count the classes of each label space that a model has a head for."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if torch.is_tensor(value)}
     found: dict[str, int] = {}
     for layout in layouts_of(model):
@@ -43,7 +43,7 @@ def class_counts(model: nn.Module) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class MappedCheck:
-    """Refuses what detectron2's own mappers would not give.
+    """A check that refuses what detectron2's own mappers would not give.
 
     Args:
         channels: of the model's images; ``None`` where it does not say.
@@ -55,9 +55,9 @@ class MappedCheck:
 
     @classmethod
     def of(cls, model: nn.Module) -> MappedCheck:
-        """For the images of a model."""
+        """Make the check for the images of a model."""
         mean = getattr(model, "pixel_mean", None)
-        return cls(len(mean) if torch.is_tensor(mean) and mean.dim() else None, class_counts(model).get("thing"))
+        return cls(len(mean) if torch.is_tensor(mean) and mean.dim() else None, count_classes(model).get("thing"))
 
     def __call__(self, mapped: Mapping[str, Any], where: str) -> None:
         """Look at one image's dict.
@@ -104,7 +104,7 @@ class MappedCheck:
 
 
 def several(images: Any) -> Iterable[Any]:
-    """What can be gone through image by image, or batch by batch.
+    """Yield the images of any loader one by one, whether it gives images or batches.
 
     Raises:
         DatasetError: it is something else.
@@ -120,7 +120,7 @@ def several(images: Any) -> Iterable[Any]:
 
 
 def try_mapper(mapper: Any, images: Sequence[Any], check: MappedCheck) -> None:
-    """The first image alone, in every process: what a fit meets half-way, a mapper of another kind, is said here.
+    """Map the first image alone, in every process, so that a mapper of another kind is refused before the fit.
 
     Args:
         mapper: see :data:`d2_headadapt.fit.images.Mapper`.
@@ -151,7 +151,7 @@ def try_mapper(mapper: Any, images: Sequence[Any], check: MappedCheck) -> None:
 
 
 def entries_of(images: Iterable[Any], most: int, check: MappedCheck) -> list[dict[str, Any]]:
-    """Dataset entries that hold what the mapper made, each image once; an endless loader ends after ``most``."""
+    """Make dataset entries that hold what the mapper gave, each image once; an endless loader ends after ``most``."""
     if comm.get_world_size() > 1:
         raise DatasetError(
             "images",
@@ -185,7 +185,7 @@ def _singly(images: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _entry(name: str, mapped: Mapping[str, Any]) -> dict[str, Any]:
-    """What chooses images reads labels as a dataset has them."""
+    """Make a dataset entry of a mapped image: what chooses images reads labels as a dataset has them."""
     truth = mapped.get("instances")
     fields = truth.get_fields() if truth is not None else {}
     boxes: list[dict[str, Any]] = [{"category_id": int(k), "tasks": {}} for k in fields.get("gt_classes", ())]
@@ -203,7 +203,7 @@ def _label(label: torch.Tensor) -> int | list[int] | None:
 
 
 def mapped_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """The mapper of :func:`entries_of`: what the loader gave for an entry."""
+    """Return what the loader gave for an entry: the mapper of :func:`entries_of`."""
     mapped: dict[str, Any] = dict(entry["mapped"])
     return mapped
 
@@ -263,7 +263,7 @@ def adapt_state_dict(
     """
     inner = _unwrapped(model)
     if isinstance(target, Mapping):
-        _check_spaces("target", target, class_counts(inner))
+        _check_spaces("target", target, count_classes(inner))
     settings = settings_of(inner) if target is None and source is None and not more else None
     checkpointer = HeadAdaptCheckpointer(inner, settings=settings or AdaptSettings.of(target, source, **more))
     if isinstance(weights, (str, os.PathLike)):
@@ -289,7 +289,7 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def _checkpoint(weights: Any) -> dict[str, Any]:
-    """A dict's weights in the form of a checkpoint."""
+    """Put a dict's weights into the form of a checkpoint."""
     state = weights.get("model", weights) if isinstance(weights, Mapping) else None
     if isinstance(state, Mapping) and state and all(isinstance(name, str) for name in state):
         wrong = [name for name, x in state.items() if not is_dense(x) and not name.endswith("_extra_state")]
@@ -387,7 +387,7 @@ def _rows(new: Any, model: nn.Module) -> Mapping[str, Sequence[int]]:
     elif isinstance(new, AdaptPlan):
         return {t.name: t.new for t in new.by_action("carried", "initialised") if t.new}
     elif isinstance(new, Mapping) and all(_are_indices(rows) for rows in new.values()):
-        _check_rows(new, class_counts(model))
+        _check_rows(new, count_classes(model))
         return new
     else:
         found = repr(new)
@@ -400,7 +400,7 @@ def _rows(new: Any, model: nn.Module) -> Mapping[str, Sequence[int]]:
 
 
 def _check_rows(new: Mapping[str, Sequence[int]], counts: Mapping[str, int]) -> None:
-    """Rows that no head has would be fitted without a word."""
+    """Raise for rows that no head has: they would be fitted without a word."""
     _check_spaces("new", new, counts)
     for space, rows in new.items():
         outside = [k for k in rows if not 0 <= k < counts[space]]

@@ -1,4 +1,4 @@
-"""``d2-headadapt predict``: boxes, names and tasks of images, as JSON and as pictures. Names come from the checkpoint.
+"""Predict boxes, names and tasks of images, as JSON and pictures; class names come from the checkpoint.
 
 H, W   of an image, in pixels
 n      number of detections
@@ -76,19 +76,19 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: NDArray[np.uint8]) -> dict[str, Any]:
-        """The model's output for one image (H, W, 3) in ``INPUT.FORMAT``; boxes are in its pixels."""
+        """Run the model on one image (H, W, 3) in ``INPUT.FORMAT``; boxes are in its pixels."""
         height, width = image.shape[:2]
         outputs: list[dict[str, Any]] = self.model([{"image": self.seen(image), "height": height, "width": width}])
         return outputs[0]
 
     def seen(self, image: NDArray[np.uint8]) -> torch.Tensor:
-        """What the model sees of an image (H, W, 3): (3, height, width) float32, resized as a test image is."""
+        """Prepare an image (H, W, 3) as the model sees it: (3, height, width) float32, resized as a test image is."""
         seen = T.AugInput(image)
         self.resize(seen)
         return torch.as_tensor(np.ascontiguousarray(seen.image.transpose(2, 0, 1)), dtype=torch.float32)
 
     def describe(self, output: Mapping[str, Any], least_score: float) -> dict[str, Any]:
-        """An output in plain types: ``detections`` with box (x0, y0, x1, y1), score, class and tasks, and ``tasks``.
+        """Put an output into plain types: ``detections`` with box (x0, y0, x1, y1), score, class, tasks; and ``tasks``.
 
         Raises:
             ConfigError: it has neither.
@@ -150,7 +150,7 @@ def _label(spec: TaskSpec, predicted: Any, scores: torch.Tensor) -> dict[str, An
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
-    """The images that a command line names: files, and those in folders.
+    """List the images that a command line names: files, and those in folders.
 
     Raises:
         DatasetError: a name that is neither, or a folder without an image.

@@ -1,4 +1,4 @@
-"""Training and evaluation: detectron2's trainer, with the adaptive checkpointer and an evaluator for each dataset."""
+"""Train and evaluate: detectron2's trainer, with the adaptive checkpointer and an evaluator for each dataset."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ class Trainer(DefaultTrainer):
 
 
 def say_old_and_new(cfg: CfgNode, results: dict[str, Any]) -> None:
-    """The table of old and new classes, where the model has added ones."""
+    """Return the table of old and new classes, where the model has added ones."""
     sets = results if len(cfg.DATASETS.TEST) != 1 else {cfg.DATASETS.TEST[0]: results}
     table = keep_table(sets) if comm.is_main_process() else ""
     if table:
@@ -179,7 +179,7 @@ def say_old_and_new(cfg: CfgNode, results: dict[str, Any]) -> None:
 
 
 def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: bool) -> None:
-    """One line where a run goes on from its own checkpoint and the config names another file."""
+    """Log where a run goes on from its own checkpoint and the config names another file."""
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
     if last and weights and weights != last:
         logger.info(
@@ -219,7 +219,7 @@ class OwnFolder(HookBase):
 
 
 def say_what_is_left(done: int, wanted: int) -> None:
-    """One line where a run has done its iterations already."""
+    """Log where a run has done its iterations already."""
     if done >= wanted:
         logger.warning(
             "Nothing is left to train: %d of %d iterations are done. Set %s higher.", done, wanted, SOLVER.MAX_ITER

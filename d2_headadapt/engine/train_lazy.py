@@ -1,4 +1,4 @@
-"""What ``tools/lazyconfig_train_net.py`` runs: training and evaluation from a LazyConfig."""
+"""Train and evaluate from a LazyConfig: what ``tools/lazyconfig_train_net.py`` runs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from ..doctor.running import examine_before_training
 from ..errors import ConfigError, UsageError
 from ..evaluation.keep import judged_by_name
 from ..fit.hook import FitHook
-from ..fit.lookahead import CalmSettings
+from ..fit.lookahead import LookaheadSettings
 from ..fit.settings import FitSettings
 from ..key import DATASETS, Form, form_of
-from ..setup.lazy.loading import in_words_of, load
+from ..setup.lazy.loading import in_words_of, load_lazy_config
 from ..setup.lazy.preparing import prepare
 from ..setup.lazy.tree import built, names_in, select, target_of
 from ..setup.recipe import LazyRecipe
@@ -72,7 +72,7 @@ def setup(args: argparse.Namespace) -> LazyRecipe:
             found=repr(args.config_file),
             fix="For a yaml, use tools/train_net.py.",
         )
-    lazy = load(args.config_file, args.opts, args.imports)
+    lazy = load_lazy_config(args.config_file, args.opts, args.imports)
     _complete(lazy)
     _check_evaluation(lazy)
     # What is settled is said, and before the config is dumped.
@@ -225,20 +225,20 @@ def train(recipe: LazyRecipe, resume: bool) -> None:
 
 
 class _PlanInRecord(HookBase):
-    """Puts what happened to the weights beside the curves."""
+    """A hook that puts what happened to the weights beside the curves."""
 
     def before_train(self) -> None:
         record_plan(self.trainer.checkpointer, self.trainer.storage, self.trainer.start_iter)
 
 
 def _hooks(recipe: LazyRecipe, model: nn.Module, checkpointer: HeadAdaptCheckpointer) -> list[HookBase | None]:
-    """Those of detectron2's lazyconfig_train_net.py, with what ``Trainer`` adds in front."""
+    """List the hooks of detectron2's lazyconfig_train_net.py, with what ``Trainer`` adds in front."""
     lazy, cfg, main_process = recipe.lazy, recipe.config, comm.is_main_process()
     found: list[HookBase | None] = [OwnFolder(checkpointer), UntrainedHeads(task_specs(cfg))]
     if cfg.MODEL.HEAD_ADAPT.FIT.ENABLED:
-        fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
+        fit, lookahead = FitSettings.from_config(cfg), LookaheadSettings.from_config(cfg)
         rows = checkpointer.rows_to_fit
-        found.append(FitHook(recipe.training_dicts, recipe.mapper_at_test_size(), rows, fit, calm))
+        found.append(FitHook(recipe.training_dicts, recipe.mapper_at_test_size(), rows, fit, lookahead))
     found += [hooks.IterationTimer(), hooks.LRScheduler(scheduler=built(lazy.lr_multiplier, "lr_multiplier"))]
     if main_process:
         found.append(hooks.PeriodicCheckpointer(checkpointer, **lazy.train.checkpointer))

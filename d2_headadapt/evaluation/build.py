@@ -1,4 +1,4 @@
-"""The evaluators that a dataset and a config ask for."""
+"""Build the evaluators that a dataset and a config ask for."""
 
 from __future__ import annotations
 

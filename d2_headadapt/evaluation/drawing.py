@@ -1,4 +1,4 @@
-"""detectron2's ``Visualizer`` with the labels of tasks, on boxes and in the corner of the image.
+"""Draw predictions with detectron2's ``Visualizer``: boxes with labels of tasks, image tasks in the corner.
 
 H, W    of the image, in pixels
 n       number of detections
@@ -66,7 +66,7 @@ def draw_tasks(
 
 
 def image_lines(output: Mapping[str, Any], specs: Sequence[TaskSpec]) -> list[str]:
-    """One line for each task on images that the output holds, in the order of ``specs``.
+    """Write one line for each task on images that the output holds, in the order of ``specs``.
 
     Args:
         output: with ``pred_<task>`` and ``scores_<task>`` (K,).
@@ -80,7 +80,7 @@ def image_lines(output: Mapping[str, Any], specs: Sequence[TaskSpec]) -> list[st
 
 
 def box_labels(instances: Instances, classes: Sequence[str] | None, specs: Sequence[TaskSpec]) -> list[str]:
-    """The text of each detection: its class and score, then a line for each task on boxes.
+    """Write the text of each detection: its class and score, then a line for each task on boxes.
 
     Args:
         instances: n detections with ``pred_classes``, ``scores`` and, by task, ``pred_<task>`` and ``scores_<task>``.
@@ -100,7 +100,7 @@ def box_labels(instances: Instances, classes: Sequence[str] | None, specs: Seque
 
 
 def task_line(spec: TaskSpec, predicted: int | Sequence[int], scores: Sequence[float] | torch.Tensor) -> str:
-    """What one task says of one thing: ``colour: red 93%``, or ``tags: striped 80%, woollen 61%``, surest first.
+    """Write what one task predicts: ``colour: red 93%``, or ``tags: striped 80%, woollen 61%``, surest first.
 
     Args:
         spec: the task.
@@ -113,7 +113,7 @@ def task_line(spec: TaskSpec, predicted: int | Sequence[int], scores: Sequence[f
 
 
 def _colours(instances: Instances, metadata: Metadata | None) -> list[Any]:
-    """Of each class its own; the visualizer would draw random ones."""
+    """Give each class a colour of its own; the visualizer would draw random ones."""
     own = metadata.get("thing_colors") if metadata is not None else None
     palette = np.asarray(own) / 255 if own else colormap(rgb=True, maximum=1)
     return [palette[k % len(palette)] for k in instances.pred_classes.tolist()]

@@ -1,4 +1,4 @@
-"""Metrics of tasks as files: JSON, a Markdown table for each task, and a picture of each confusion matrix."""
+"""Write metrics of tasks to files: JSON, a Markdown table for each task, a picture of each confusion matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_NAMES = 40
 
 
 def metrics_json(dataset: str, found: Sequence[TaskMetrics], coverage: Mapping[str, float]) -> str:
-    """Everything that was measured; numbers that are undefined are ``null``.
+    """Write everything that was measured; numbers that are undefined are ``null``.
 
     Args:
         dataset: its name.
@@ -46,7 +46,7 @@ def metrics_json(dataset: str, found: Sequence[TaskMetrics], coverage: Mapping[s
 
 
 def metrics_markdown(dataset: str, found: Sequence[TaskMetrics], coverage: Mapping[str, float]) -> str:
-    """A table of all tasks, then one of its classes for each task."""
+    """Write a table of all tasks, then one of its classes for each task."""
     columns = ["top1", "macro_f1", "mAP", "majority", "coverage"]
     rows = []
     for m in found:
@@ -61,7 +61,7 @@ def metrics_markdown(dataset: str, found: Sequence[TaskMetrics], coverage: Mappi
 
 
 def confusion_picture(metrics: TaskMetrics) -> NDArray[np.uint8]:
-    """The confusion matrix as an RGB image (H, W, 3).
+    """Draw the confusion matrix as an RGB image (H, W, 3).
 
     Each row is coloured by its shares, so that rare classes are seen. A multi-label task has a row for each class, with
     its things that are present and found, present and missed, absent and claimed, absent and left alone.
@@ -93,7 +93,7 @@ def confusion_picture(metrics: TaskMetrics) -> NDArray[np.uint8]:
 
 
 def file_stem(*parts: str) -> str:
-    """Names of datasets and tasks as the start of a file name: a dataset may be called ``mine/val``."""
+    """Make the start of a file name of dataset and task names: a dataset may be called ``mine/val``."""
     return "_".join(re.sub(r"[^\w.-]+", "_", part) for part in parts)
 
 

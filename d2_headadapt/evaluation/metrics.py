@@ -1,4 +1,4 @@
-"""How well a task is predicted: scikit-learn's numbers from labels, predictions and scores. Pure functions.
+"""Compute the metrics of a task from labels, predictions and scores: scikit-learn's numbers. Pure functions.
 
 N   number of images, or of matched boxes
 K   number of classes of the task
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """What one task's predictions are worth.
+    """The metrics of one task's predictions.
 
     Args:
         spec: the task.
@@ -51,7 +51,7 @@ class TaskMetrics:
 
 
 def single_label_metrics(spec: TaskSpec, labels: Array, predicted: Array) -> TaskMetrics:
-    """Of a task with one class for each thing.
+    """Measure a task with one class for each thing.
 
     Args:
         spec: the task.
@@ -74,7 +74,7 @@ def single_label_metrics(spec: TaskSpec, labels: Array, predicted: Array) -> Tas
 
 
 def multi_label_metrics(spec: TaskSpec, labels: Array, predicted: Array, scores: Array) -> TaskMetrics:
-    """Of a task with any number of classes for each thing.
+    """Measure a task with any number of classes for each thing.
 
     Args:
         spec: the task.
@@ -116,7 +116,7 @@ def _no_rows(spec: TaskSpec) -> tuple[dict[str, Any], ...]:
 
 
 def _percent(values: Any, unit: float = 100) -> float:
-    """The mean of what is defined; of nothing it is NaN, without numpy's warning."""
+    """Average what is defined, in percent; of nothing it is NaN, without numpy's warning."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
     return unit * float(values.mean()) if len(values) else float("nan")

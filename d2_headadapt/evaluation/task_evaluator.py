@@ -1,4 +1,4 @@
-"""Evaluation of tasks: predictions beside the labels of the dataset, per image and on matched boxes."""
+"""Evaluate tasks: predictions beside the labels of the dataset, per image and on matched boxes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 
 class TaskEvaluator(DatasetEvaluator):
-    """Top-1 accuracy, macro F1 and confusion matrix of every task; mean average precision of multi-label ones.
+    """Evaluator of tasks: top-1 accuracy, macro F1, confusion matrix; mean average precision of multi-label ones.
 
     Labels come from the dataset, whatever the loader left of them; what has no label counts nowhere. Of detections,
     the tasks are judged on boxes that were found: each box of the dataset is matched to the detection of the highest
@@ -217,7 +217,7 @@ class TaskEvaluator(DatasetEvaluator):
 
 
 def match_boxes(boxes: Array, instances: Instances, iou: float) -> torch.Tensor:
-    """For each box the detection of the highest score that covers it; one detection may serve two boxes.
+    """Find for each box the detection of the highest score that covers it; one detection may serve two boxes.
 
     Args:
         boxes: (N, 4), corners in pixels.
@@ -249,7 +249,7 @@ def _key(entry: Mapping[str, Any]) -> Any:
 
 
 def _labels_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The labels of an image and of its boxes, with the boxes as corners (N, 4)."""
+    """Read the labels of an image and of its boxes, with the boxes as corners (N, 4)."""
     objects = [a for a in entry.get("annotations", ()) if not a.get("iscrowd", 0) and a.get("tasks")]
     corners = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
     return {

@@ -1,4 +1,4 @@
-"""Models leave detectron2 as TorchScript or ONNX: verified against eager, with their class names in the file."""
+"""Export models as TorchScript or ONNX: verified against eager, with their class names in the file."""
 
 from __future__ import annotations
 

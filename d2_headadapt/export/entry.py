@@ -1,4 +1,4 @@
-"""From a model to a file that is known to say the same: export, run both on images, compare, and only then write."""
+"""Export a model: export, run both on images, compare, and only then write."""
 
 from __future__ import annotations
 
@@ -161,13 +161,13 @@ def _compare(flat: FlatModel, exported: ExportedModel, form: str, named: Mapping
 
 
 def _running(model: nn.Module) -> AbstractContextManager[None]:
-    """A model that fails by itself is nothing to compare with."""
+    """Turn what the model itself raises into a message: such a model is nothing to compare with."""
     expected = "a model of tensors that runs on the images given, and on drawn ones"
     return refusing(type(model).__name__, expected, "Nothing was written. Mend the model: it fails before any export.")
 
 
 def _nearly(flat: FlatModel, image: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Eager on eight images that differ from this one by up to 0.0002 of a grey level: about what rounding does."""
+    """Run eager on eight images up to 0.0002 of a grey level away from this one: about what rounding does."""
     generator = torch.Generator().manual_seed(0)
     noises = (torch.rand(image.shape, generator=generator) - 0.5 for _ in range(8))
     return [flat(image + 4e-4 * noise) for noise in noises]
@@ -176,7 +176,7 @@ def _nearly(flat: FlatModel, image: torch.Tensor) -> list[dict[str, torch.Tensor
 def _finished(
     model: nn.Module, form: str, found: dict[str, torch.Tensor], image: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """A scripted dense detector leaves clipping, and dropping of empty boxes, to its caller; eager does both."""
+    """Clip boxes and drop empty ones, which a scripted dense detector leaves to its caller and eager does."""
     if form != "scripted" or not isinstance(model, DenseDetector):
         return found
     size = (int(image.shape[1]), int(image.shape[2]))

@@ -1,4 +1,4 @@
-"""A model as exported files have it: one image in, named tensors out, before anything is scaled back to a photograph.
+"""Flatten a model for export: one image in, named tensors out, before anything is scaled back to a photograph.
 
 H, W   of the image that the model sees, in pixels
 n      number of detections
@@ -41,12 +41,12 @@ class FlatModel:
         self.names = _names(self.adapter.outputs_schema)
 
     def __call__(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Outputs of an image (3, H, W), eager."""
+        """Run the model eagerly on an image (3, H, W)."""
         return dict(zip(self.names, self.adapter(image), strict=True))
 
 
 def infer(model: nn.Module, inputs: list[dict[str, torch.Tensor]]) -> Any:
-    """What an exported file computes: the model's output for its one image, without post-processing where it can."""
+    """Compute what an exported file does: the model's output for one image, without post-processing where it can."""
     if isinstance(model, MultiTaskClassifier):
         return _image_tasks(model, inputs)
     if isinstance(model, PanopticFPN):
@@ -58,7 +58,7 @@ def infer(model: nn.Module, inputs: list[dict[str, torch.Tensor]]) -> Any:
 
 
 def _image_tasks(model: MultiTaskClassifier, inputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """``scores_<task>`` (K,) and ``pred_<task>``: (1,) int64, or (K,) bool for several labels."""
+    """Give ``scores_<task>`` (K,) and ``pred_<task>``: (1,) int64, or (K,) bool for several labels."""
     images = model.preprocess_image(inputs)
     logits = model.logits(images.tensor, images.image_sizes)
     found: dict[str, torch.Tensor] = {}
@@ -71,7 +71,7 @@ def _image_tasks(model: MultiTaskClassifier, inputs: list[dict[str, torch.Tensor
 
 
 def _names(schema: Any) -> tuple[str, ...]:
-    """One name for each flattened output: the innermost, or the whole path where two would be the same."""
+    """Name each flattened output by its innermost key, or by the whole path where two would be the same."""
     paths = list(_paths(schema, ()))
     short = [path[-1] if path else "output" for path in paths]
     return tuple(

@@ -1,4 +1,4 @@
-"""The three forms of a model that leave detectron2, as bytes, and how each of them is run."""
+"""Write and run the three exported forms of a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPSET = 17
 
 
 def exported_bytes(flat: FlatModel, form: str, known: Provenance, *, any_size: bool = True) -> bytes:
-    """The file of a model.
+    """Export a model to the bytes of a file.
 
     Args:
         flat: on the CPU, in evaluation mode.
@@ -176,7 +176,7 @@ class ExportedModel:
 
     @torch.no_grad()
     def __call__(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Outputs of one image (3, H, W), float32, 0 to 255, in the file's channel order and size."""
+        """Run the file on one image (3, H, W), float32, 0 to 255, in the file's channel order and size."""
         if self._session is not None:
             values = self._session.run(None, {"image": image.numpy()})
             return dict(zip(self.names, map(torch.from_numpy, values), strict=True))

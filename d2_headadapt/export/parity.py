@@ -1,4 +1,4 @@
-"""Do an exported file and eager say the same of an image? Differences field by field, and what is too much.
+"""Compare an exported file's outputs with eager's: differences field by field, and what is too much.
 
 n   number of detections
 """
@@ -21,7 +21,7 @@ Outputs = Mapping[str, torch.Tensor]
 
 @dataclass
 class Parity:
-    """What comparing images found.
+    """The differences that comparing images found.
 
     Attributes:
         images, detections: how many were compared.
@@ -82,7 +82,7 @@ class Parity:
         limit: int | None,
         nearly: Callable[[], Sequence[Outputs]],
     ) -> tuple[Outputs, Outputs]:
-        """Both with the same detections in the same order, those that only one of them has left out."""
+        """Pair both outputs' detections in the same order, leaving out those that only one of them has."""
         counts = eager["scores"].shape, exported["scores"].shape
         self.detections += counts[0][0]
         pairs, alone = _pair(eager, exported)
@@ -141,7 +141,7 @@ class Parity:
 
 
 def _pair(eager: Outputs, exported: Outputs) -> tuple[list[tuple[int, int]], tuple[list[int], list[int]]]:
-    """Rows of the same detection, and the rows that have no partner on the other side."""
+    """Match rows of the same detection, and list the rows that have no partner on the other side."""
     counts = len(eager["scores"]), len(exported["scores"])
     if not all(counts):
         return [], (list(range(counts[0])), list(range(counts[1])))
@@ -164,7 +164,7 @@ def _pair(eager: Outputs, exported: Outputs) -> tuple[list[tuple[int, int]], tup
 
 
 def _ties(eager: torch.Tensor, exported: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """Which labels are others only because two scores, or a score and 0.5, are equal but for rounding."""
+    """Mark labels that differ only because two scores, or a score and 0.5, are equal but for rounding."""
     if eager.dtype == torch.bool:
         return (scores - 0.5).abs() <= TOLERANCE
     rows = scores if scores.dim() == 2 else scores[None]
@@ -174,7 +174,7 @@ def _ties(eager: torch.Tensor, exported: torch.Tensor, scores: torch.Tensor) -> 
 
 
 def score_cuts(model: nn.Module) -> tuple[list[float], int | None]:
-    """Scores below which a model drops a detection, and how many it keeps of an image at most."""
+    """Read the scores below which a model drops a detection, and how many it keeps of an image at most."""
     modules: list[Any] = list(model.modules())
     cuts = [float(module.test_score_thresh) for module in modules if hasattr(module, "test_score_thresh")]
     names = ("test_topk_per_image", "max_detections_per_image")

@@ -1,4 +1,4 @@
-"""Scripting: our heads call ``super()``, which TorchScript does not compile, so a copy takes stock's classes.
+"""Script a model: our heads call ``super()``, which TorchScript does not compile, so a copy takes stock's classes.
 
 Without tasks ours add nothing when they predict, and their state dict is stock's.
 """
@@ -44,7 +44,7 @@ FIELDS = {
 
 
 def as_stock(model: nn.Module) -> nn.Module:
-    """A copy of a model in which our heads are of stock's classes; its state dict is the same.
+    """Copy a model so that our heads are of stock's classes; its state dict is the same.
 
     Raises:
         ExportError: something of the model has no class of stock's, or stock's cannot be scripted either.

@@ -1,4 +1,4 @@
-"""Exported files that know their classes: the names travel in the file, as JSON of :meth:`Provenance.to_plain`.
+"""Store class names in exported files, as JSON of :meth:`Provenance.to_plain`.
 
 In a TorchScript file they are the entry :data:`ENTRY` of its ``_extra_files``, which a C++ program finds in the
 ``ExtraFilesMap`` that it hands to ``torch::jit::load``; in an ONNX file they are under the same key of its
@@ -64,13 +64,13 @@ def write_bytes(path: str, content: bytes, *, exclusive: bool = False) -> None:
 
 
 def torchscript_bytes(module: torch.jit.ScriptModule, known: Provenance) -> bytes:
-    """The file of a TorchScript module that says ``known`` of itself."""
+    """Serialize a TorchScript module together with what ``known`` says of it."""
     content: bytes = module.save_to_buffer(_extra_files={ENTRY: _json(known)})
     return content
 
 
 def onnx_bytes(model: Any, known: Provenance) -> bytes:
-    """The file of an ``onnx.ModelProto`` that says ``known`` of itself; other metadata of it stays."""
+    """Serialize an ``onnx.ModelProto`` together with what ``known`` says of it; other metadata of it stays."""
     made = type(model)()
     made.CopyFrom(model)
     kept = [prop for prop in model.metadata_props if prop.key != ENTRY]
@@ -114,7 +114,7 @@ def read_facts(path: str) -> Provenance:
 
 
 def facts_of(content: bytes, path: str) -> Provenance:
-    """:func:`read_facts` of a file's content; ``path`` is for messages."""
+    """Read, like :func:`read_facts`, what the content of a file says; ``path`` is for messages."""
     try:
         text = _torchscript_entry(content) if is_torchscript(content) else _onnx_entry(content)
         data = json.loads(text) if text is not None else None
@@ -131,7 +131,7 @@ def facts_of(content: bytes, path: str) -> Provenance:
 
 
 def is_torchscript(content: bytes) -> bool:
-    """Whether a file is TorchScript, which is a zip archive, and not ONNX."""
+    """Tell whether a file is TorchScript, which is a zip archive, and not ONNX."""
     return content[:2] == b"PK"
 
 
@@ -157,7 +157,7 @@ def _onnx_entry(content: bytes) -> str | None:
 
 
 def import_onnx() -> Any:
-    """The package ``onnx``, which only ONNX files need.
+    """Import the package ``onnx``, which only ONNX files need.
 
     Raises:
         ExportError: it is not installed.

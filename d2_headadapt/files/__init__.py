@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints safely: ``.pth``, ``.pyth``, ``.pkl`` and ``.safetensors``.
+"""Read and write checkpoints safely: ``.pth``, ``.pyth``, ``.pkl`` and ``.safetensors``.
 
 What a file holds is decided by its content, and by its name only where two formats look alike. Whatever is wrong with
 it becomes one :class:`CheckpointFileError`; nothing in it is run.
@@ -87,7 +87,7 @@ def read_checkpoint(path: str, *, trust: bool = False, verify: bool = True, mmap
 
 
 def read_values(path: str, *, trust: bool = False) -> Any:
-    """What a torch, pickle or ``.safetensors`` file holds, as it was saved: one tensor, or anything around tensors.
+    """Read what a torch, pickle or ``.safetensors`` file holds, as it was saved: a tensor, or anything around some.
 
     Tensors may be views of the file, as those of :func:`read_checkpoint`.
 
@@ -122,12 +122,12 @@ def verify_tensors(path: str, tensors: Mapping[str, Any]) -> list[str]:
 
 
 def named_tensors(tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Every tensor in nested dicts, lists and tuples, under its keys joined with ``/``."""
+    """List every tensor in nested dicts, lists and tuples, under its keys joined with ``/``."""
     return {name: value for name, value, _ in _walk(tree) if isinstance(value, torch.Tensor)}
 
 
 def _walk(tree: Any) -> Iterator[tuple[str, Any, int]]:
-    """Every value in nested dicts, lists and tuples: its keys joined with ``/``, itself, how deep it lies."""
+    """Yield every value in nested dicts, lists and tuples: its keys joined with ``/``, itself, how deep it lies."""
     seen: set[int] = set()  # a pickle may hold a list inside itself
     waiting: list[tuple[str, Any, int]] = [("", tree, 0)]
     while waiting:
@@ -141,7 +141,7 @@ def _walk(tree: Any) -> Iterator[tuple[str, Any, int]]:
 
 
 def shapes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, without touching a value; what is no tensor (``_extra_state``) has none."""
+    """Map names to shapes, without touching a value; what is no tensor (``_extra_state``) has none."""
     return {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}
 
 
@@ -161,7 +161,7 @@ def _read(path: str, *, trust: bool, mapped: bool) -> tuple[str, Any]:
 
 
 def _head(path: str) -> bytes:
-    """The first bytes of a regular, readable, non-empty file."""
+    """Read the first bytes of a regular, readable, non-empty file."""
     if not os.path.lexists(path):
         folder = os.path.dirname(path) or "."
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -185,7 +185,7 @@ def _head(path: str) -> bytes:
 
 
 def _kind(path: str, head: bytes) -> str:
-    """``safetensors``, ``zip``, ``legacy`` or ``pickle``."""
+    """Tell the kind of a file by its first bytes: ``safetensors``, ``zip``, ``legacy`` or ``pickle``."""
     for start, content in _OTHER_CONTENT.items():
         if head.startswith(start):
             _refuse(path, content, "Name a .pth, .pkl or .safetensors file of weights.")
@@ -298,7 +298,7 @@ def _is_tensor_type(dtype: np.dtype[Any]) -> bool:
 
 
 def is_dense(value: Any) -> bool:
-    """Whether a value is a tensor whose numbers can be taken row by row: neither sparse, quantised nor without any."""
+    """Tell whether a tensor's numbers can be taken row by row: neither sparse, quantised nor without any."""
     return isinstance(value, torch.Tensor) and not (
         value.layout != torch.strided or value.is_meta or value.is_quantized
     )

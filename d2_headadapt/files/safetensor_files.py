@@ -1,4 +1,4 @@
-"""``.safetensors`` files: tensors, and what the tensors mean in the metadata, as one JSON string.
+"""Read and write ``.safetensors`` files; what the tensors mean is in the metadata, as one JSON string.
 
 The format has no checksums and no two names for one tensor. Names that share all their memory are written once; the
 others are restored on reading from the key ``aliases`` of that JSON.

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old one or the new one, and never half of either.
+"""Write files so that a reader finds the old one or the new one, and never half of either.
 
 A file is written without a name, flushed to the disk, named ``.NAME.HOST.PID-N.tmp`` beside its target, and renamed.
 A killed process leaves nothing; where the file system has no files without names, what it leaves under such a name is
@@ -102,7 +102,7 @@ def existing_output(path: str, *, force: bool, inputs: Sequence[str], endings: S
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Whether two paths lead to one file that exists; two hard links have different paths and are still one file."""
+    """Tell whether two paths lead to one existing file; two hard links have different paths and are one file."""
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 

@@ -1,4 +1,4 @@
-"""Tensors out of torch files, the zip format and the one before it.
+"""Read tensors from torch files: the zip format and the one before it.
 
 The zip format has a CRC-32 for each tensor, which torch does not compare: a flipped bit in a weight is loaded in
 silence. Here a tensor is a view of the mapped file, and its record is found by the address of its storage. The pickle
@@ -84,7 +84,7 @@ def load_zip(path: str, *, trust: bool, mapped: bool) -> Any:
 
 
 def _read_index(path: str, file: IO[bytes]) -> dict[str, Record]:
-    """Name -> record of a torch archive, names without the archive's own folder."""
+    """Map names, without the archive's own folder, to the records of a torch archive."""
     size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -115,7 +115,7 @@ def _read_index(path: str, file: IO[bytes]) -> dict[str, Record]:
 
 
 def _data_offset(path: str, file: IO[bytes], entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of ``entry`` begin, after a comparison of its header with the index."""
+    """Find where the bytes of ``entry`` begin, after a comparison of its header with the index."""
     name = entry.orig_filename.encode("utf-8", "surrogateescape")
     file.seek(max(entry.header_offset, 0))  # zipfile makes it negative of an index that lies earlier than it says
     header = file.read(_HEADER.size + len(name))
@@ -136,7 +136,7 @@ def _read_whole(path: str, file: IO[bytes], record: Record) -> bytes:
 
 
 def _open_buffer(path: str, mapped: bool) -> Buffer:
-    """The bytes of ``path``, mapped, or read into memory where ``mapped`` is false or mapping is impossible."""
+    """Map the bytes of ``path``, or read them into memory where ``mapped`` is false or mapping is impossible."""
     with open(path, "rb") as file:
         if mapped:
             # A file system may lack mapping, and a process address space.
@@ -211,7 +211,7 @@ def load_legacy(path: str, *, trust: bool) -> Any:
 
 @dataclass(frozen=True)
 class _StorageType:
-    """What a pickle names ``torch.FloatStorage`` and so on."""
+    """A type that a pickle names ``torch.FloatStorage`` and so on."""
 
     dtype: torch.dtype
 
@@ -275,7 +275,7 @@ def _unpickle(path: str, source: Source, size: int, storages: _Storages, *, trus
 
 
 def _known(limit: int) -> dict[str, Any]:
-    """What torch's own weights need, for a file in which no tensor may be larger than ``limit`` bytes."""
+    """List the names that torch's own weights need; no tensor of the file may be larger than ``limit`` bytes."""
 
     def rebuild(
         view: Any,
@@ -323,7 +323,7 @@ def _of_class(function: Any, kind: Any, args: Any, state: Any) -> torch.Tensor:
 
 
 def _tensor(view: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadata: Any, limit: int) -> torch.Tensor:
-    """A view of a storage, after a check that every element lies inside it."""
+    """Make a view of a storage, after a check that every element lies inside it."""
     if not isinstance(view, _StorageView) or not isinstance(dtype, torch.dtype):
         raise TypeError("a tensor without a storage or dtype")
     if metadata:
@@ -380,7 +380,7 @@ def verify(path: str, tensors: dict[str, torch.Tensor]) -> list[str]:
 
 
 def _record_of(tensor: torch.Tensor) -> tuple[Buffer, Record] | tuple[None, None]:
-    """The record that ``tensor`` is a view of, or None where it has memory of its own."""
+    """Find the record that ``tensor`` is a view of, or None where it has memory of its own."""
     address = tensor.untyped_storage().data_ptr()
     for buffer in list(_open_buffers):
         if address in buffer.records:
@@ -389,7 +389,7 @@ def _record_of(tensor: torch.Tensor) -> tuple[Buffer, Record] | tuple[None, None
 
 
 def is_intact(buffer: Buffer, record: Record) -> bool:
-    """Whether the bytes of ``record`` have its checksum."""
+    """Tell whether the bytes of ``record`` have its checksum."""
     with memoryview(buffer) as view:
         return zlib.crc32(view[record.offset : record.offset + record.size]) == record.crc
 

@@ -108,7 +108,7 @@ def _set(items: Any = ()) -> set[Any]:
 
 
 def _dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype[Any]:
-    """``numpy.dtype(code)`` for numbers, booleans and text: no object, record or date."""
+    """Make ``numpy.dtype(code)`` for numbers, booleans and text: no object, record or date."""
     text = code.decode("latin1") if isinstance(code, bytes) else code
     if not isinstance(text, str) or not _CODE.fullmatch(text):
         raise ValueError(f"the numpy dtype {str(text)[:40]!r}")
@@ -133,13 +133,13 @@ def _set_array_state(array: Any, state: Any) -> None:
 
 
 def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    """``numpy.core.numeric._frombuffer``: what pickle protocol 5 writes."""
+    """Do what ``numpy.core.numeric._frombuffer`` does, which pickle protocol 5 writes."""
     flat: np.ndarray[Any, Any] = np.frombuffer(_fitting(buffer, dtype, shape), dtype)
     return flat.reshape(shape, order="F" if order == "F" else "C").copy(order="K")
 
 
 def _fitting(raw: Any, dtype: Any, shape: Any) -> bytes:
-    """The bytes of an array, which must be as many as its shape needs."""
+    """Return the bytes of an array, which must be as many as its shape needs."""
     # Python 2 pickled bytes as text, which the latin1 reading turns into one character for each byte.
     data = raw.encode("latin1") if isinstance(raw, str) else raw
     if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray)):
@@ -152,7 +152,7 @@ def _fitting(raw: Any, dtype: Any, shape: Any) -> bytes:
 
 
 def is_size(value: Any) -> bool:
-    """Whether a value of a pickle can be a size, stride or offset."""
+    """Tell whether a value of a pickle can be a size, stride or offset."""
     return type(value) is int and 0 <= value < 2**48
 
 
@@ -186,7 +186,7 @@ _INHERITED = """
 
 
 class Unpickler(pickle._Unpickler):
-    """Load a pickle that may run anything; its torch tensors are made here all the same, as views of the file.
+    """An unpickler that may run anything; its torch tensors are made here all the same, as views of the file.
 
     Args:
         source: the bytes, at the position where the pickle begins.
@@ -255,7 +255,7 @@ class Unpickler(pickle._Unpickler):
 
 
 class SafeUnpickler(Unpickler):
-    """Read pickles of plain values, one with each call of :meth:`load`; a name that is not ``known`` is refused."""
+    """An unpickler of plain values, one with each :meth:`load`; a name that is not ``known`` is refused."""
 
     # What Python's unpickler has, and its type stubs do not declare.
     stack: list[Any]

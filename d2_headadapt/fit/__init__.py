@@ -1,4 +1,4 @@
-"""Heads that start trained: new rows are solved in closed form before the first iteration."""
+"""Solve the rows of new classes in closed form before the first iteration, so that heads start trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Box regressors that know anchors and no classes: those of the RPN and of RetinaNet.
+"""Solve box regressors per anchor, those of the RPN and of RetinaNet, which are class-agnostic.
 
 A   anchors per cell
 C   channels of the layer's input
@@ -21,7 +21,7 @@ def solve_anchor_boxes(
     old: torch.Tensor,
     settings: FitSettings,
 ) -> tuple[torch.Tensor, float]:
-    """Ridge regression toward the old values, anchor by anchor, on the cells where the anchor lies on an object.
+    """Solve ridge regressions toward the old values, anchor by anchor, on cells whose anchor lies on an object.
 
     Args:
         z: (N, C + 1) features.

@@ -1,4 +1,4 @@
-"""Box heads: ``cls_score`` and ``bbox_pred`` of the standard, cascade and C4 ROI heads.
+"""Fit box heads: ``cls_score`` and ``bbox_pred`` of the standard, cascade and C4 ROI heads.
 
 R   regions of a view
 K   classes of the head; label K is background
@@ -48,7 +48,7 @@ class Stage:
 
 
 def stages_of(roi_heads: Any, name: str) -> list[Stage]:
-    """Every box predictor of the ROI heads."""
+    """List every box predictor of the ROI heads."""
     predictor = getattr(roi_heads, "box_predictor", None)
     if isinstance(predictor, nn.ModuleList):
         matchers = roi_heads.proposal_matchers
@@ -63,7 +63,7 @@ def stages_of(roi_heads: Any, name: str) -> list[Stage]:
 
 
 def why_not(roi_heads: Any, stage: Stage) -> str | None:
-    """Why a predictor cannot be solved; ``None`` where it can."""
+    """Say why a predictor cannot be solved; ``None`` where it can."""
     layers = [getattr(stage.predictor, name, None) for name in ("cls_score", "bbox_pred")]
     if is_text(layers[0]):
         if bool(getattr(stage.predictor, "use_sigmoid_ce", False)):
@@ -79,7 +79,7 @@ def why_not(roi_heads: Any, stage: Stage) -> str | None:
 
 
 def region_features(roi_heads: Any, stage: Stage, view: View, boxes: Boxes) -> torch.Tensor:
-    """What the stage's predictor sees of some boxes, (R, C)."""
+    """Compute what the stage's predictor sees of some boxes, (R, C)."""
     if hasattr(roi_heads, "_shared_roi_transform"):
         x = roi_heads._shared_roi_transform([view.features[name] for name in roi_heads.in_features], [boxes])
         return x.mean(dim=(2, 3))  # type: ignore[no-any-return]
@@ -89,7 +89,7 @@ def region_features(roi_heads: Any, stage: Stage, view: View, boxes: Boxes) -> t
 
 
 def region_boxes(rpn: Any, roi_heads: Any, stages: Sequence[Stage], stage: Stage, view: View, limit: int) -> Boxes:
-    """The boxes that a stage sees: proposals and the image's own boxes, moved by the stages before it."""
+    """Compute the boxes that a stage sees: proposals and the image's own boxes, moved by the stages before it."""
     boxes = proposals_of(rpn, view, limit)
     boxes = Boxes.cat([Boxes(boxes.tensor.detach()), view.truth.gt_boxes])
     for earlier in stages[: stage.number]:
@@ -101,10 +101,10 @@ def region_boxes(rpn: Any, roi_heads: Any, stages: Sequence[Stage], stage: Stage
     return boxes
 
 
-def collect(
+def collect_regions(
     model: Any, stages: Sequence[Stage], stage: Stage, views: Iterator[View], num_classes: int, settings: FitSettings
 ) -> Reservoir:
-    """Regions with their best object, its class, the overlap and the box deltas toward it."""
+    """Collect regions with their best object, its class, the overlap and the box deltas toward it."""
     rpn, roi_heads = model.proposal_generator, model.roi_heads
 
     def see(view: View) -> tuple[Boxes, torch.Tensor]:
@@ -121,7 +121,7 @@ def collect_seen(
     num_classes: int,
     settings: FitSettings,
 ) -> Reservoir:
-    """As :func:`collect`, of what ``see`` gives: boxes of a view and what the stage's predictor reads of them."""
+    """Collect what ``see`` gives: boxes of a view and what the stage's predictor reads of them."""
     width = stage.predictor.cls_score.in_features
     regions = max(2, room(settings.regions, width))
     low = settings.soft_iou[0] + stage.threshold - 0.5
@@ -179,7 +179,7 @@ def fit_boxes(
             reports.append(PartReport(stage.name, "kept", problem))
             continue
         title = f"box head, stage {stage.number + 1} of {len(stages)}" if len(stages) > 1 else "box head"
-        sample = gathered(collect(model, stages, stage, stream.views(title), num_classes, settings))
+        sample = gathered(collect_regions(model, stages, stage, stream.views(title), num_classes, settings))
         device = stage.predictor.bbox_pred.weight.device
 
         def work(

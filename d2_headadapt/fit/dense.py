@@ -1,4 +1,4 @@
-"""RetinaNet: the classifier's new rows, anchor by anchor, and its boxes where no class is carried.
+"""Fit RetinaNet: the classifier's new rows, anchor by anchor, and its boxes where no class is carried.
 
 A   anchors per cell
 K   classes
@@ -32,7 +32,7 @@ frequencies would leave every score below the threshold of 0.05 at which detectr
 
 
 def why_not(model: Any) -> str | None:
-    """Why a dense head cannot be solved; ``None`` where it can."""
+    """Say why a dense head cannot be solved; ``None`` where it can."""
     layers = [getattr(model.head, name, None) for name in ("cls_score", "bbox_pred")]
     if not all(isinstance(layer, nn.Conv2d) for layer in layers) or hasattr(model.head, "ctrness"):
         return "it is not a RetinaNet head"
@@ -41,8 +41,8 @@ def why_not(model: Any) -> str | None:
     return None
 
 
-def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
-    """Cells with the windows that ``cls_score`` and ``bbox_pred`` see, and the labels of their anchors."""
+def collect_cells(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+    """Collect cells with the windows that ``cls_score`` and ``bbox_pred`` see, and the labels of their anchors."""
     width = sum(layer.weight[0].numel() for layer in (model.head.cls_score, model.head.bbox_pred))
     half = max(1, room(settings.regions, width) // 2)
     reservoir = Reservoir({OBJECT: half, CLUTTER: half}, 0)
@@ -75,7 +75,7 @@ def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservo
 
 
 def _windows(levels: list[torch.Tensor], cells: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
-    """(n, 9 C) of the cells, counted through the levels in order, without unfolding a whole map."""
+    """Cut (n, 9 C) windows of cells, counted through the levels in order, without unfolding a whole map."""
     out = levels[0].new_zeros(len(cells), layer.weight[0].numel())
     start = 0
     height, width = layer.kernel_size
@@ -111,7 +111,7 @@ def fit_dense(
     problem = why_not(model) if "dense" in settings.parts else "FIT.PARTS leaves it out"
     if problem is not None:
         return PartReport(name, "kept", problem), writer.new(classifier)
-    sample = gathered(collect(model, stream.views("dense head"), settings))
+    sample = gathered(collect_cells(model, stream.views("dense head"), settings))
     device = model.head.cls_score.weight.device
 
     def work() -> tuple[list[Solution], PartReport, tuple[int, ...]]:
@@ -137,7 +137,7 @@ def fit_dense(
 def _solve_scores(
     name: str, sample: dict[str, torch.Tensor], seen: list[int], writer: RowWriter, k: int, settings: FitSettings
 ) -> tuple[list[Solution], int, float]:
-    """Rows ``anchor x K + class``: each a logistic regression of its own, toward its recipe."""
+    """Solve rows ``anchor x K + class``: each a logistic regression of its own, toward its recipe."""
     tensor = f"{name}.cls_score"
     layout = writer.layouts[f"{tensor}.weight"]
     weight, bias = writer.value(f"{tensor}.weight"), writer.value(f"{tensor}.bias")
@@ -206,9 +206,9 @@ def _solve_scores(
 def _solve_boxes(
     name: str, sample: dict[str, torch.Tensor], writer: RowWriter, k: int, settings: FitSettings
 ) -> tuple[list[Solution], dict[str, float]]:
-    """The box regressor knows no class, so it is solved, toward what it was, only where no class is carried."""
+    """Solve the class-agnostic box regressor toward its old values, only where no class is carried."""
     tensor = f"{name}.bbox_pred"
-    if len(writer.open_rows(f"{tensor}.weight")) == 0:
+    if len(writer.writable_rows(f"{tensor}.weight")) == 0:
         return [], {}
     weight, bias = writer.value(f"{tensor}.weight"), writer.value(f"{tensor}.bias")
     frame = Frame.of(sample["box_x"])

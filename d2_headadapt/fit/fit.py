@@ -1,4 +1,4 @@
-"""The one function that fits: choose images, solve every head, write last, or leave the model as it was."""
+"""Fit new rows: choose images, solve every head, write last, or leave the model as it was."""
 
 from __future__ import annotations
 

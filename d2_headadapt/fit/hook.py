@@ -1,4 +1,4 @@
-"""The fit inside a training loop: before the first iteration, and calm features afterwards."""
+"""Fit inside a training loop: new rows before the first iteration, lookahead afterwards."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..modeling.keep import keep_of
 from .fit import fit_new_rows
 from .images import FeatureCache
-from .lookahead import EVERY, CalmSettings, Lookahead, forget_momentum
+from .lookahead import EVERY, Lookahead, LookaheadSettings, forget_momentum
 from .settings import FitReport, FitSettings
 
 logger = logging.getLogger(__name__)
 
 
 def features_stand_still(model: Any) -> bool:
-    """Whether what the new rows read never moves: added classes on the frozen features of an unmodified model."""
+    """Tell whether what the new rows read never moves: added classes on the frozen features of an unmodified model."""
     keep = keep_of(getattr(model, "module", model))
     return keep is not None and all(keep.settings.packs[i].head == "shared" for i in keep.settings.trained)
 
 
 class FitHook(HookBase):
-    """Fits new rows before iteration 1, then keeps the first iterations from undoing it.
+    """A hook that fits new rows before iteration 1, then keeps the first iterations from undoing it.
 
     Fitted rows are several times as large as rows that training has just begun with (norm 1.9 against 0.3 after 400
     iterations of stock's), and so are the gradients, and their noise, that reach the features. Left alone, AP falls for
@@ -57,10 +57,10 @@ class FitHook(HookBase):
         mapper: Mapper,
         new: Callable[[], Mapping[str, Sequence[int]]],
         settings: FitSettings,
-        calm: CalmSettings | None = None,
+        calm: LookaheadSettings | None = None,
     ) -> None:
         self._dataset, self._mapper, self._new = dataset, mapper, new
-        self._settings, self._calm = settings, calm or CalmSettings()
+        self._settings, self._calm = settings, calm or LookaheadSettings()
         self._solved: tuple[str, ...] = ()
         self._lookahead: Lookahead | None = None
         self._fitted: dict[str, Sequence[int]] = {}
@@ -76,7 +76,7 @@ class FitHook(HookBase):
             cfg: with the keys under ``MODEL.HEAD_ADAPT.FIT``.
             new: gives the new classes, as :meth:`HeadAdaptCheckpointer.rows_to_fit`.
         """
-        fit, calm = FitSettings.from_config(cfg), CalmSettings.from_config(cfg)
+        fit, calm = FitSettings.from_config(cfg), LookaheadSettings.from_config(cfg)
         return cls(partial(every_training_dict, cfg), mapper_at_test_size(cfg), new, fit, calm)
 
     def before_train(self) -> None:
@@ -135,7 +135,7 @@ class FitHook(HookBase):
             self._lookahead.restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """Write what a continued run needs to stay calm; empty without a fit, as a stock checkpoint is."""
+        """Write what a continued run needs to go on with lookahead; empty without a fit, as in a stock checkpoint."""
         return {"solved": list(self._solved)} if self._solved else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

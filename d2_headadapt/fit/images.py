@@ -1,4 +1,4 @@
-"""Streaming a few hundred training images through the frozen backbone.
+"""Stream a few hundred training images through the frozen backbone.
 
 A *view* is one image, as it is or mirrored. Views are numbered alike in every process; each process takes its share.
 """
@@ -79,7 +79,7 @@ def choose_images(
     settings: FitSettings,
     tasks: Mapping[str, Sequence[int]] | None = None,
 ) -> list[int]:
-    """Which images to look at: a weighted sample without replacement in which rare new classes come first.
+    """Choose images to look at: a weighted sample without replacement in which rare new classes come first.
 
     The weight of an image is that of its rarest new class, one over the square root of its count; the sample is the
     one of Efraimidis and Spirakis, 2006.
@@ -108,7 +108,7 @@ def choose_images(
 
 
 def shown_classes(entry: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """The classes that an image's labels name, each with its task; detection has the empty one."""
+    """List the classes that an image's labels name, each with its task; detection has the empty one."""
     annotations = [a for a in entry.get("annotations", ()) if not a.get("iscrowd", 0)]
     yield from (("", int(a["category_id"])) for a in annotations)
     for holder in (entry, *annotations):
@@ -118,12 +118,12 @@ def shown_classes(entry: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def name_of(entry: Mapping[str, Any], position: int) -> str:
-    """What an image is called in messages and hashes."""
+    """Name an image for messages and hashes."""
     return str(entry.get("image_id", entry.get("file_name", position)))
 
 
 def is_held_out(entry: Mapping[str, Any], position: int, settings: FitSettings) -> bool:
-    """Whether an image chooses penalties rather than being fitted."""
+    """Tell whether an image chooses penalties rather than being fitted."""
     return image_key(settings.seed, f"held out {name_of(entry, position)}") < settings.held_out * 2.0**64
 
 
@@ -141,7 +141,7 @@ class FeatureCache:
         self._views: dict[int, View] = {}
 
     def get(self, number: int) -> View | None:
-        """A kept view."""
+        """Look up a kept view."""
         return self._views.get(number)
 
     def keep(self, view: View) -> None:
@@ -192,7 +192,7 @@ class ImageStream:
         return len(self._chosen)
 
     def views(self, title: str, *, mirror: bool = True, held_out_only: bool = False) -> Iterator[View]:
-        """This process's views, in order; images that cannot be read are noted in ``skipped`` and passed over.
+        """Yield this process's views, in order; images that cannot be read are noted in ``skipped``.
 
         Args:
             title: of the progress bar, which only the first process draws, and only on a terminal.
@@ -244,7 +244,7 @@ class ImageStream:
 
 
 def _not_finite(features: Mapping[str, torch.Tensor]) -> str:
-    """What stands in features beside finite numbers, and where; empty where nothing does."""
+    """Say what stands in features beside finite numbers, and where; empty where nothing does."""
     for layer, value in features.items():
         if not bool(torch.isfinite(value).all()):
             return f"{'NaN' if bool(torch.isnan(value).any()) else 'infinite values'} in {layer}"
@@ -252,12 +252,12 @@ def _not_finite(features: Mapping[str, torch.Tensor]) -> str:
 
 
 def empty_truth(size: tuple[int, int]) -> Instances:
-    """The truth of an image without objects."""
+    """Make the ground truth of an image without objects."""
     return Instances(size, gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0, dtype=torch.int64))
 
 
 def mirror(truth: Instances) -> Instances:
-    """Boxes, classes and labels of tasks as they are in the mirrored image."""
+    """Mirror boxes, classes and labels of tasks with their image."""
     width = truth.image_size[1]
     boxes = truth.gt_boxes.tensor.clone()
     boxes[:, [0, 2]] = width - boxes[:, [2, 0]]

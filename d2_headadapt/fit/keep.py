@@ -28,10 +28,10 @@ from ..modeling.task_dry_run import evaluating
 from .boxes import Stage, collect_seen, solve_stage, stages_of
 from .dense import fit_dense
 from .images import FeatureCache, ImageStream, View, choose_images, random_states_kept
-from .masks import collect as collect_masks
+from .masks import collect_pixels as collect_masks
 from .masks import solve_masks
 from .rows import RowWriter, Solution
-from .rpn import collect as collect_anchors
+from .rpn import collect_anchors
 from .rpn import proposals_of, recalls, solve
 from .settings import FitReport, FitSettings, PartReport
 from .sharing import gathered, on_rank_zero, placed
@@ -110,7 +110,7 @@ NO_NEGATIVES = (
 
 
 def own_dataset(keep: Keep, number: int, dataset: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The training set as one pack sees it: objects of its classes, with its own indices; all others are gone."""
+    """Return the training set as one pack sees it: objects of its classes alone, with its own indices."""
     lookup = keep.settings.lookup(number)
     found = []
     for entry in dataset:
@@ -138,7 +138,7 @@ class BranchProposals:
     def __call__(
         self, images: Any, features: dict[str, torch.Tensor], _: None
     ) -> tuple[list[Instances], dict[str, Any]]:
-        """Proposals of each image."""
+        """Return proposals of each image."""
         found, _ = self._rpn(images, features, None)
         if not self._second:
             return found, {}
@@ -278,7 +278,7 @@ class _PackFitter:
         return reports
 
     def _see(self, stage: int) -> Callable[[View], tuple[Boxes, torch.Tensor]]:
-        """What a stage's predictor reads of a view's proposals and objects."""
+        """Return what a stage's predictor reads of a view's proposals and objects."""
         source, roi_heads, pack = self._source(), self.model.roi_heads, self.pack
 
         def see(view: View) -> tuple[Boxes, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What keeps fine-tuning from undoing a fit: averaged steps, and rows that are solved again."""
+"""Lookahead after a fit, and the momentum of rows that are solved again: they keep fine-tuning from undoing the fit."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ EVERY, SHARE = 5, 0.5
 
 
 @dataclass(frozen=True)
-class CalmSettings:
-    """How the first iterations after a fit are calmed.
+class LookaheadSettings:
+    """The settings of lookahead, and of solving rows again, in the first iterations after a fit.
 
     Args:
         calm_iters: so long the steps are averaged; 0 for not at all.
@@ -30,7 +30,7 @@ class CalmSettings:
     refits: tuple[int, ...] = (50, 100, 200)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> CalmSettings:
+    def from_config(cls, cfg: CfgNode) -> LookaheadSettings:
         """Read the keys under ``MODEL.HEAD_ADAPT.FIT``; they are named as the fields, in capitals."""
         node = cfg.MODEL.HEAD_ADAPT.FIT
         values = {f.name: node[f.name.upper()] for f in fields(cls)}
@@ -53,7 +53,7 @@ class CalmSettings:
 
 
 class Lookahead:
-    """Every few steps, go back half of the way: the averaged point is much better than the noisy one.
+    """Lookahead (k=5, alpha=0.5): every fifth step goes back half of the way, as the averaged point is better.
 
     Zhang et al. 2019, "Lookahead Optimizer: k steps forward, 1 step back". Fitted rows are several times as large as
     rows that training has just begun with, and so is the noise that they send into the features: on bccd/val, 100
@@ -75,7 +75,7 @@ class Lookahead:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Go back; called after every ``EVERY``-th step of the optimizer."""
+        """Go back half of the way; called after every ``EVERY``-th step of the optimizer."""
         for name, parameter in self._model.named_parameters():
             slow = self._slow.get(name)
             if slow is not None:

@@ -1,4 +1,4 @@
-"""Mask predictor rows: per-pixel logistic regression on the last feature map of the mask head.
+"""Fit mask predictor rows: per-pixel logistic regression on the last feature map of the mask head.
 
 S   side of the predicted mask
 C   channels under the predictor
@@ -27,20 +27,20 @@ REGIONS_PER_VIEW, PIXELS_PER_REGION = 32, 48
 
 
 def why_not(roi_heads: Any, writer: RowWriter, name: str) -> str | None:
-    """Why a mask head cannot be solved; ``None`` where it can."""
+    """Say why a mask head cannot be solved; ``None`` where it can."""
     predictor = getattr(roi_heads.mask_head, "predictor", None)
     if not isinstance(predictor, nn.Conv2d) or predictor.kernel_size != (1, 1):
         return "its predictor is not a 1x1 convolution"
     if f"{name}.mask_head.predictor.weight" not in writer.layouts or not hasattr(roi_heads.mask_head, "layers"):
         return "where its classes are is not known"
     tensor = f"{name}.mask_head.predictor.weight"
-    if len(writer.open_rows(tensor)) == 0:
+    if len(writer.writable_rows(tensor)) == 0:
         return "no row is new" if writer.layouts[tensor].axes else "one mask for all classes serves carried ones too"
     return None
 
 
-def collect(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
-    """Pixels of regions on objects: the features under the predictor, and whether the pixel is the object's."""
+def collect_pixels(model: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+    """Collect pixels of regions on objects: the features under the predictor, and whether the pixel is the object's."""
     roi_heads = model.roi_heads
     width = roi_heads.mask_head.predictor.in_channels
     reservoir = Reservoir({}, room(settings.regions, width))
@@ -94,7 +94,7 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
     problem = why_not(model.roi_heads, writer, name) if "mask" in settings.parts else "FIT.PARTS leaves it out"
     if problem is not None:
         return PartReport(part, "kept", problem)
-    sample = gathered(collect(model, stream.views("masks", mirror=False), settings))
+    sample = gathered(collect_pixels(model, stream.views("masks", mirror=False), settings))
     device = model.roi_heads.mask_head.predictor.weight.device
 
     def work() -> tuple[list[Solution], PartReport]:
@@ -116,7 +116,7 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
 def solve_masks(
     part: str, sample: dict[str, torch.Tensor], seen: list[int], writer: RowWriter, settings: FitSettings
 ) -> tuple[list[Solution], float]:
-    """Rows of some classes of a mask predictor, and the penalty.
+    """Return rows of some classes of a mask predictor, and the penalty.
 
     Args:
         part: the predictor's name in the model.

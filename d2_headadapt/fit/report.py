@@ -1,4 +1,4 @@
-"""What a fit did, in words and as JSON. Pure functions from a report to text."""
+"""Render what a fit did, in words and as JSON. Pure functions from a report to text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bounded, even sample of regions that does not depend on who collected them.
+"""Sample regions evenly, within a bound, whoever collected them.
 
 Every region has a key drawn by hashing the seed, its image and its number there. The sample keeps the regions of
 smallest key in each stratum, so it is the same for any number of processes and any order of images.
@@ -18,12 +18,12 @@ IMAGE_STRIDE = 1 << 24
 
 
 def image_key(seed: int, name: str) -> int:
-    """64 random bits that belong to an image."""
+    """Compute the 64 random bits that belong to an image."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
 
 
 def region_keys(base: int, numbers: torch.Tensor) -> torch.Tensor:
-    """Keys (n,), int64, not negative, of the regions ``numbers`` (n,) of an image: splitmix64, Steele et al. 2014."""
+    """Compute keys (n,) int64, >= 0, of the regions ``numbers`` (n,) of an image: splitmix64, Steele et al. 2014."""
     x = np.uint64(base % 2**64) + numbers.cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -31,7 +31,7 @@ def region_keys(base: int, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def sample_view(base: int, count: int, limit: int) -> tuple[torch.Tensor, float]:
-    """An even sample of one view's cells, for what is too large to collect whole.
+    """Sample one view's cells evenly, for what is too large to collect whole.
 
     Args:
         base: of :func:`image_key`.
@@ -48,12 +48,12 @@ def sample_view(base: int, count: int, limit: int) -> tuple[torch.Tensor, float]
 
 
 def room(regions: int, width: int) -> int:
-    """How many regions of ``width`` float32 features may be kept: ``regions``, and never more than 1 GiB takes."""
+    """Count how many regions of ``width`` float32 features may be kept: ``regions``, and at most 1 GiB of them."""
     return max(1, min(regions, 2**30 // (4 * width)))
 
 
 class Reservoir:
-    """Keeps the regions of smallest key in each stratum, and counts all of them.
+    """A sample of regions: those of smallest key in each stratum are kept, all are counted.
 
     Args:
         own: how many regions are kept of strata that have room of their own.
@@ -70,11 +70,11 @@ class Reservoir:
         self.seen: dict[int, int] = {}
 
     def like(self) -> Reservoir:
-        """An empty one with the same caps."""
+        """Make an empty one with the same caps."""
         return Reservoir(self._own, self._shared)
 
     def caps(self) -> dict[int, int]:
-        """How many regions of each stratum are kept, of those seen so far.
+        """Compute how many regions of each stratum are kept, of those seen so far.
 
         Caps only ever fall while more is seen, so what a cap drops early no later cap would have kept.
         """
@@ -141,7 +141,7 @@ class Reservoir:
         self._compact()
 
     def result(self) -> dict[str, torch.Tensor]:
-        """The sample, sorted by image, with ``weight`` (n,): how many regions each one stands for.
+        """Return the sample, sorted by image, with ``weight`` (n,): how many regions each one stands for.
 
         Returns:
             The fields by name, and ``stratum`` and ``view`` (n,); empty without any region.

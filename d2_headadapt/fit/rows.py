@@ -1,4 +1,4 @@
-"""Which rows of which tensor may be written, writing them, and taking everything back.
+"""Write rows of a model: which rows of which tensor may be written, writing them, and taking everything back.
 
 Carried rows stay untouched because nothing here can name them: a row is written only if a layout says that it belongs
 to a new class, or to no class where no class was carried.
@@ -34,7 +34,7 @@ class Solution:
 
 
 class RowWriter:
-    """Writes solutions into a model, and can restore every bit.
+    """A writer of solutions into a model, which can restore every bit.
 
     Args:
         model: whose rows are fitted.
@@ -52,25 +52,25 @@ class RowWriter:
         self._before: dict[str, torch.Tensor] = {}
 
     def value(self, tensor: str) -> torch.Tensor:
-        """A detached float32 copy."""
+        """Copy a tensor, detached, as float32."""
         return self._tensors[tensor].detach().float().clone()
 
     def num_classes(self, tensor: str) -> int:
-        """K, read from a tensor's shape; 0 where it holds no classes."""
+        """Read K from a tensor's shape; 0 where it holds no classes."""
         layout = self.layouts.get(tensor)
         return (layout.num_classes(tuple(self._tensors[tensor].shape)) or 0) if layout and layout.axes else 0
 
     def new(self, tensor: str) -> tuple[int, ...]:
-        """The classes whose rows in a tensor are new."""
+        """List the classes whose rows in a tensor are new."""
         return self._new.get(tensor, ())
 
     def new_in(self, space: str) -> tuple[int, ...]:
-        """The classes of a space that are new in any tensor."""
+        """List the classes of a space that are new in any tensor."""
         found = {k for name, classes in self._new.items() if self.layouts[name].space == space for k in classes}
         return tuple(sorted(found))
 
     def carried(self, tensor: str) -> tuple[int, ...]:
-        """The classes whose rows in a tensor are not new; of an agnostic one, those of the tensors beside it."""
+        """List the classes whose rows in a tensor are not new; of an agnostic one, those of the tensors beside it."""
         layout = self.layouts.get(tensor)
         if layout is not None and not layout.axes:
             beside = [n for n, o in self.layouts.items() if o.axes and (o.group, o.part) == (layout.group, layout.part)]
@@ -80,8 +80,8 @@ class RowWriter:
             return tuple(sorted({k for name in beside for k in self.carried(name)}))
         return tuple(sorted(set(range(self.num_classes(tensor))) - set(self.new(tensor))))
 
-    def open_rows(self, tensor: str) -> torch.Tensor:
-        """Positions on axis 0 that may be written: new classes, and what belongs to no class where none is carried."""
+    def writable_rows(self, tensor: str) -> torch.Tensor:
+        """List positions on axis 0 that may be written: new classes, and class-free rows where none is carried."""
         layout = self.layouts.get(tensor)
         if layout is None:
             return torch.arange(0)
@@ -107,7 +107,7 @@ class RowWriter:
         solutions = list(solutions)
         for solution in solutions:
             target = self._tensors[solution.tensor]
-            closed = ~torch.isin(solution.rows, self.open_rows(solution.tensor))
+            closed = ~torch.isin(solution.rows, self.writable_rows(solution.tensor))
             if shared and solution.tensor not in self.layouts:
                 closed[:] = False
             good = tuple(solution.values.shape) == (len(solution.rows), *target.shape[1:])

@@ -1,4 +1,4 @@
-"""The RPN's last layer, solved again toward the values it had.
+"""Solve the RPN's last layer again, toward the values it had.
 
 A   anchors per cell
 C   channels of the layer's input
@@ -28,7 +28,7 @@ CELLS_PER_VIEW = 512
 
 
 def proposals_of(rpn: Any, view: View, limit: int) -> Boxes:
-    """The best proposals of a view, (at most limit, 4) pixels, as the model makes them at test time."""
+    """Compute the best proposals of a view, (at most limit, 4) pixels, as the model makes them at test time."""
     found, _ = rpn(_image_list(view), dict(view.features), None)
     boxes: Boxes = found[0].proposal_boxes[:limit]
     return boxes
@@ -40,12 +40,12 @@ def _image_list(view: View) -> ImageList:
 
 
 def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
-    """Share of objects that a proposal covers, averaged over overlaps of 0.5, 0.55 ... 0.95, over all processes."""
+    """Measure the share of objects that a proposal covers, mean over IoU 0.5, 0.55 ... 0.95, over all processes."""
     return float(recalls(rpn, views, limit).mean())
 
 
 def recalls(rpn: Any, views: Iterator[View], limit: int) -> torch.Tensor:
-    """(10,) shares of objects that a proposal covers by 0.5, 0.55 ... 0.95, over all processes."""
+    """Measure (10,) shares of objects that a proposal covers by 0.5, 0.55 ... 0.95, over all processes."""
     thresholds = torch.arange(0.5, 1.0, 0.05)
     hits = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
     for view in views:
@@ -58,8 +58,8 @@ def recalls(rpn: Any, views: Iterator[View], limit: int) -> torch.Tensor:
     return hits[:-1].double() / max(int(hits[-1]), 1)
 
 
-def collect(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
-    """Cells of the RPN's feature maps with the labels that detectron2's own matcher gives their anchors."""
+def collect_anchors(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
+    """Collect cells of the RPN's feature maps with the labels that detectron2's own matcher gives their anchors."""
     # Cells are narrow and 15 of them may share one row of features, so clutter may take as much again.
     half = max(1, settings.regions // 2)
     reservoir = Reservoir({OBJECT: half, CLUTTER: 2 * half}, 0)
@@ -108,10 +108,10 @@ def solve(
     deltas: tuple[torch.Tensor, torch.Tensor],
     settings: FitSettings,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor], dict[str, float]]:
-    """Objectness by logistic regression and deltas by ridge, both toward the old values.
+    """Solve objectness by logistic regression and deltas by ridge, both toward the old values.
 
     Args:
-        sample: of :func:`collect`, with ``held``, the cells that choose the penalties.
+        sample: of :func:`collect_anchors`, with ``held``, the cells that choose the penalties.
         weight, bias: (A, C) and (A,) of the objectness layer.
         deltas: (4A, C) and (4A,) of the delta layer.
         settings: the penalties.
@@ -163,7 +163,7 @@ def fit_rpn(
     judged = settings.rpn == "auto"
     if judged and not stream.held_out:
         return PartReport(name, "kept", "too few images to judge by held-out recall")
-    reservoir = collect(rpn, stream.views("RPN"), settings)
+    reservoir = collect_anchors(rpn, stream.views("RPN"), settings)
     sample = gathered(reservoir)
     head = f"{name}.rpn_head"
     layers = ("objectness_logits", "anchor_deltas")

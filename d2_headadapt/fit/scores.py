@@ -1,4 +1,4 @@
-"""What a box predictor's rows are solved from: regions with labels, on one device.
+"""Solve a box predictor's rows from regions with labels, on one device.
 
 n   number of regions
 d   features, plus one that is always 1
@@ -21,7 +21,7 @@ from .solvers import CHUNK, KEEP_BOX, KEEP_LOSS, Frame, Problem, Targets, logist
 
 @dataclass(frozen=True)
 class ScoreSolution:
-    """What became of ``cls_score``.
+    """The result of solving ``cls_score``.
 
     Args:
         solutions: rows to write; none where nothing could be solved.
@@ -43,7 +43,7 @@ def solve_scores(
     stage: Any, sample: dict[str, torch.Tensor], share: torch.Tensor, writer: RowWriter, num_classes: int,
     settings: FitSettings,
 ) -> ScoreSolution:  # fmt: skip
-    """New rows of ``cls_score``: multinomial, or one by one where the predictor uses sigmoids.
+    """Solve new rows of ``cls_score``: multinomial, or one by one where the predictor uses sigmoids.
 
     Carried rows, rows of classes without a region and, with any class carried, background enter as constants.
 
@@ -126,7 +126,7 @@ def _logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.
 def held_out_loss(
     z: torch.Tensor, solution: torch.Tensor, targets: Targets, fixed: torch.Tensor | None, sigmoid: bool
 ) -> float:
-    """What :func:`softmax_rows` or :func:`logistic_rows` minimises, without its penalty.
+    """Compute what :func:`softmax_rows` or :func:`logistic_rows` minimises, without its penalty.
 
     Args:
         z: (n, d).
@@ -149,7 +149,7 @@ def held_out_loss(
 def solve_boxes(
     stage: Any, sample: dict[str, torch.Tensor], writer: RowWriter, num_classes: int, settings: FitSettings
 ) -> tuple[list[Solution], dict[str, float]]:
-    """New rows of ``bbox_pred``: one ridge solution for all new classes, then each class toward it.
+    """Solve new rows of ``bbox_pred``: one ridge solution for all new classes, then each class toward it.
 
     Args:
         stage: whose predictor.
@@ -163,13 +163,13 @@ def solve_boxes(
     """
     tensor = f"{stage.name}.bbox_pred"
     layout = writer.layouts[f"{tensor}.weight"]
-    open_rows = writer.open_rows(f"{tensor}.weight")
+    writable_rows = writer.writable_rows(f"{tensor}.weight")
     # Beside a text classifier, which is solved whole, boxes of some classes may be carried.
     boxes = writer.new(f"{tensor}.weight")
     classes = [k for k in writer.new(stage.classifier) if layout.agnostic or k in boxes]
     new = torch.tensor(classes, device=sample["label"].device)
     near = (sample["overlap"] >= stage.threshold) & torch.isin(sample["label"], new)
-    if len(open_rows) == 0 or not near.any():
+    if len(writable_rows) == 0 or not near.any():
         return [], {}
     # The deviation of regions on objects, not of all.
     part = {key: value[near] for key, value in sample.items()}
@@ -224,7 +224,7 @@ def solve_boxes(
 
 
 def _prior(old: torch.Tensor, agnostic: bool, carried: list[int]) -> torch.Tensor:
-    """(d, 4): the regressor itself where it is agnostic, else the carried classes' mean, else zero."""
+    """Return (d, 4): the regressor itself where it is agnostic, else the carried classes' mean, else zero."""
     if agnostic:
         return old
     by_class = old.view(len(old), -1, 4)

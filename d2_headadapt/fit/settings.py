@@ -1,4 +1,4 @@
-"""What can be asked of a fit, and what it says afterwards. Plain data: no tensor lives here."""
+"""Settings and report of a fit. Plain data: no tensor lives here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RPN_CHOICES = ("auto", "always", "never")
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How new rows are fitted.
+    """The settings of a fit of new rows.
 
     Args:
         images: at most so many training images are looked at, those with rare classes first.
@@ -103,7 +103,7 @@ def _descending(values: tuple[float, ...]) -> bool:
 
 @dataclass(frozen=True)
 class PartReport:
-    """What happened to one head.
+    """The report on one head.
 
     Args:
         part: its name in the model, such as ``roi_heads.box_predictor``.
@@ -176,7 +176,7 @@ class FitReport:
         return words
 
     def to_json(self) -> dict[str, Any]:
-        """Plain types."""
+        """Write plain types."""
         return {
             "parts": [
                 {

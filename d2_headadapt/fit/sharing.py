@@ -1,4 +1,4 @@
-"""Processes collect, rank 0 solves, all write the same."""
+"""Share a fit between processes: all collect, rank 0 solves, all write the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def gathered(reservoir: Reservoir) -> dict[str, torch.Tensor]:
-    """The sample over all processes on rank 0; an empty dict on the others."""
+    """Gather the sample of all processes on rank 0; an empty dict on the others."""
     if comm.get_world_size() == 1:
         return reservoir.result()
     collected: list[Reservoir] = comm.gather(reservoir)
@@ -28,7 +28,7 @@ def gathered(reservoir: Reservoir) -> dict[str, torch.Tensor]:
 
 
 def placed(sample: dict[str, torch.Tensor], held_out: Collection[int], device: torch.device) -> dict[str, torch.Tensor]:
-    """A sample on a device, with ``held`` (n,): whether a row is of a held-out image.
+    """Put a sample on a device, with ``held`` (n,): whether a row is of a held-out image.
 
     Args:
         sample: of :func:`gathered`; its ``view`` is twice the number of the image, one more where it is mirrored.
@@ -40,7 +40,7 @@ def placed(sample: dict[str, torch.Tensor], held_out: Collection[int], device: t
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, in rank order, in every process."""
+    """Sum over all processes, in rank order, in every process."""
     parts: list[torch.Tensor] = comm.all_gather(values.cpu()) if comm.get_world_size() > 1 else [values.cpu()]
     return torch.stack(parts).sum(0)
 

@@ -1,4 +1,4 @@
-"""Linear models solved on frozen features: pure functions on tensors.
+"""Solve linear models on frozen features: pure functions on tensors.
 
 n   number of regions
 d   number of features, plus one that is always 1
@@ -43,7 +43,7 @@ class Frame:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> Frame:
-        """Frame of features (n, d - 1); a scale of 1 where all are equal."""
+        """Make the frame of features (n, d - 1); a scale of 1 where all are equal."""
         # Two passes in double precision, so that large means do not eat the deviation.
         centre = features.mean(0, dtype=torch.float64)
         parts = [features[i : i + CHUNK] for i in range(0, len(features), CHUNK)]
@@ -52,16 +52,16 @@ class Frame:
         return cls(centre.to(features.dtype), scale if scale > 1e-8 else 1.0)
 
     def apply(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, d - 1) -> (n, d)."""
+        """Transform features (n, d - 1) to (n, d)."""
         ones = features.new_ones(len(features), 1)
         return torch.cat([(features - self.centre) / self.scale, ones], dim=1)
 
     def solution(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Rows (C, d - 1) and biases (C,) -> (d, C)."""
+        """Convert rows (C, d - 1) and biases (C,) to a solution (d, C)."""
         return torch.cat([weight.t() * self.scale, (bias + weight @ self.centre)[None]])
 
     def rows(self, solution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(d, C) -> rows (C, d - 1) and biases (C,)."""
+        """Convert a solution (d, C) to rows (C, d - 1) and biases (C,)."""
         weight = solution[:-1].t() / self.scale
         return weight, solution[-1] - weight @ self.centre
 
@@ -76,7 +76,7 @@ def softmax_rows(
     start: torch.Tensor | None = None,
     steps: int = 20,
 ) -> torch.Tensor:
-    """Multinomial logistic regression by L-BFGS: mean cross entropy + penalty / 2 |solution|^2.
+    """Solve multinomial logistic regression by L-BFGS: mean cross entropy + penalty / 2 |solution|^2.
 
     Args:
         z: (n, d).
@@ -115,7 +115,7 @@ def logistic_rows(
     start: torch.Tensor | None = None,
     steps: int = 20,
 ) -> torch.Tensor:
-    """C independent logistic regressions by L-BFGS: mean cross entropy + penalty / 2 |solution - prior|^2.
+    """Solve C independent logistic regressions by L-BFGS: mean BCE + penalty / 2 |solution - prior|^2.
 
     Args:
         z: (n, d).
@@ -180,7 +180,7 @@ def _descend(
 
 
 def whitening(z: torch.Tensor, parts: Sequence[slice], strength: torch.Tensor) -> torch.Tensor:
-    """(d, d) symmetric root of the inverse of a typical Hessian: p (1 - p) is about 0.1 where it matters."""
+    """Compute the (d, d) symmetric inverse root of a typical Hessian: p (1 - p) is about 0.1 where it matters."""
     gram = sum((z[part].t() @ z[part] for part in parts), z.new_zeros(z.shape[1], z.shape[1]))
     hessian = 0.1 * gram.double() / len(z) + torch.diag(strength[:, 0].double() + 1e-6)
     values, vectors = torch.linalg.eigh(hessian)
@@ -192,7 +192,7 @@ def whitening(z: torch.Tensor, parts: Sequence[slice], strength: torch.Tensor) -
 def ridge_rows(
     z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, penalty: float, prior: torch.Tensor
 ) -> torch.Tensor:
-    """Weighted least squares toward a prior: sum w |target - z solution|^2 + penalty |solution - prior|^2.
+    """Solve weighted least squares toward a prior: sum w |target - z solution|^2 + penalty |solution - prior|^2.
 
     Args:
         z: (n, d).
@@ -235,7 +235,7 @@ class Problem:
     counts: torch.Tensor | None = None
 
     def choose(self, penalties: Sequence[float], share: float) -> tuple[float, dict[str, tuple[float, float]]]:
-        """The penalty by held-out loss (see :func:`choose_penalty`), or the middle one where nothing can be judged.
+        """Choose the penalty by held-out loss (see :func:`choose_penalty`), or the middle one if none can be judged.
 
         Returns:
             The penalty, and the held-out loss without and with a solution under ``held-out loss``; empty if not judged.
@@ -257,7 +257,7 @@ def choose_penalty(
     none: float,
     share: float,
 ) -> tuple[float, float]:
-    """The strongest penalty that keeps ``share`` of what the best one gains on held-out regions.
+    """Choose the strongest penalty that keeps ``share`` of what the best one gains on held-out regions.
 
     A strong penalty means a solution of small norm, and fine-tuning then starts calmly: the gradients that reach the
     features below are as large as the rows above.

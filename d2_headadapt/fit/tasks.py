@@ -1,4 +1,4 @@
-"""Heads of classification tasks: new rows of each task's last layer, from images or from boxes with known labels.
+"""Fit heads of classification tasks: new rows of each task's last layer, from images or boxes with known labels.
 
 n   number of images, or of boxes
 d   features that a task's last layer sees, plus one that is always 1
@@ -86,7 +86,7 @@ def fit_tasks(
             missing.setdefault(part.head.spec.name, set()).update(writer.new(tensor))
     if not parts:
         return reports, {task: tuple(sorted(classes)) for task, classes in missing.items()}
-    reservoirs = collect(model, parts, stream.views("tasks"), settings)
+    reservoirs = collect_inputs(model, parts, stream.views("tasks"), settings)
     for part in parts:
         sample = gathered(reservoirs[part.name])
         device = part.head.predictor.weight.device
@@ -115,8 +115,10 @@ def _parts(model: Any) -> Iterator[_Part]:
             yield from (_Part(names[id(head)], head, stage.number) for head in stage.predictor.tasks)
 
 
-def collect(model: Any, parts: list[_Part], views: Iterator[View], settings: FitSettings) -> dict[str, Reservoir]:
-    """What each head's last layer sees of images or boxes whose label is known, and that label."""
+def collect_inputs(
+    model: Any, parts: list[_Part], views: Iterator[View], settings: FitSettings
+) -> dict[str, Reservoir]:
+    """Collect what each head's last layer sees of images or boxes whose label is known, and that label."""
     reservoirs = {part.name: Reservoir({}, max(2, room(settings.regions, part.width))) for part in parts}
     for view in views:
         shared: dict[int, torch.Tensor] = {}
@@ -135,7 +137,7 @@ def collect(model: Any, parts: list[_Part], views: Iterator[View], settings: Fit
 
 
 def _inputs(model: Any, part: _Part, view: View) -> torch.Tensor:
-    """(n, C): the one image, or its boxes."""
+    """Compute (n, C) features of the one image, or of its boxes."""
     if not hasattr(model, "roi_heads"):
         found: torch.Tensor = model.image_features(view.features, padded_size(model.backbone, view.size), [view.size])
         return found
@@ -144,7 +146,7 @@ def _inputs(model: Any, part: _Part, view: View) -> torch.Tensor:
 
 
 def _labels(head: TaskHead, view: View) -> torch.Tensor:
-    """(n,) int64, or (n, K) for several labels; all missing where the image says nothing of the task."""
+    """Return (n,) int64, or (n, K) for several labels; all missing where the image says nothing of the task."""
     name = head.spec.name
     if head.spec.on == "image":
         label = view.tasks.get(name)
@@ -161,7 +163,7 @@ def _labels(head: TaskHead, view: View) -> torch.Tensor:
 def solve_task(
     name: str, head: TaskHead, sample: dict[str, torch.Tensor], writer: RowWriter, settings: FitSettings
 ) -> tuple[list[Solution], PartReport, tuple[int, ...]]:
-    """New rows of one head: multinomial, or one by one where there may be several labels.
+    """Solve new rows of one head: multinomial, or one by one where there may be several labels.
 
     Args:
         name: of the head in the model.
@@ -221,7 +223,7 @@ class _Regression:
         return lambda piece: (target[piece], weight[piece])
 
     def solve(self, rows: torch.Tensor, penalty: float, start: torch.Tensor | None) -> torch.Tensor:
-        """(d, C) of the new rows, on some of the n."""
+        """Solve the new rows, (d, C), on some of the n."""
         z, targets, columns = self.z[rows], self._targets(rows), self.target.shape[1]
         if self.several:
             return logistic_rows(z, targets, penalty, prior=z.new_zeros(z.shape[1], columns), start=start)
@@ -229,7 +231,7 @@ class _Regression:
         return softmax_rows(z, targets, penalty, columns=columns, fixed=fixed, start=start)
 
     def loss(self, rows: torch.Tensor, solution: torch.Tensor) -> float:
-        """Mean loss on some of the n."""
+        """Compute the mean loss on some of the n."""
         fixed = None if self.fixed is None else self.fixed[rows]
         return held_out_loss(self.z[rows], solution, self._targets(rows), fixed, self.several)
 

@@ -1,4 +1,4 @@
-"""Box heads whose classifier is a matrix of class embeddings: the way into their space, solved on frozen features.
+"""Fit text classifiers: the projection of region features into the space of class embeddings, on frozen features.
 
 The class rows stay what the text encoder wrote, so classes that no image shows are scored too. What is solved is the
 projection of region features and the learned background: a softmax over temperature x cosine, as in Detic.
@@ -31,12 +31,12 @@ GRADIENT_TOLERANCE = 1e-6
 
 
 def is_text(layer: Any) -> bool:
-    """Whether a ``cls_score`` is one that :func:`solve_text` solves."""
+    """Tell whether a ``cls_score`` is one that :func:`solve_text` solves."""
     return isinstance(layer, TextClassifier)
 
 
 def why_not_text(layer: Any) -> str | None:
-    """Why a text classifier cannot be solved; ``None`` where it can."""
+    """Say why a text classifier cannot be solved; ``None`` where it can."""
     return "it has no projection: the features are in the space of the embeddings" if layer.projection is None else None
 
 
@@ -58,11 +58,11 @@ class Projection:
 
     @property
     def width(self) -> int:
-        """r."""
+        """The rank r of the projection."""
         return int(self.rows.shape[1])
 
     def start(self, d: int) -> torch.Tensor:
-        """(d + 1, r): every region at the mean of the rows; the last row is that of background."""
+        """Return (d + 1, r): every region at the mean of the rows; the last row is that of background."""
         found = self.rows.new_zeros(d + 1, self.width)
         found[d - 1] = F.normalize(self.rows.mean(0), dim=0)
         if self.background is not None:
@@ -70,7 +70,7 @@ class Projection:
         return found
 
     def logits(self, z: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        """(n, C + 1) of regions (n, d) under a solution (d + 1, r)."""
+        """Compute logits (n, C + 1) of regions (n, d) under a solution (d + 1, r)."""
         x = self.temperature * F.normalize(z @ theta[:-1], dim=1)
         if self.background is None:
             return torch.cat([x @ self.rows.t(), x.new_zeros(len(x), 1)], dim=1)
@@ -78,7 +78,7 @@ class Projection:
         return torch.cat([x @ self.rows.t(), (x @ row)[:, None]], dim=1)
 
     def loss(self, z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        """Weighted mean cross entropy toward (n, C + 1) ``target``."""
+        """Compute the weighted mean cross entropy toward (n, C + 1) ``target``."""
         total = z.new_zeros(())
         for i in range(0, len(z), CHUNK):
             part = slice(i, i + CHUNK)
@@ -95,7 +95,7 @@ class Projection:
         start: torch.Tensor | None = None,
         steps: int = STEPS,
     ) -> torch.Tensor:
-        """L-BFGS on :meth:`loss` + penalty / 2 |projection - start|^2, where start is :meth:`start`.
+        """Solve by L-BFGS :meth:`loss` + penalty / 2 |projection - start|^2, where start is :meth:`start`.
 
         Args:
             z: (n, d).
@@ -146,7 +146,7 @@ def solve_text(
     stage: Any, sample: dict[str, torch.Tensor], share: torch.Tensor, writer: RowWriter, num_classes: int,
     settings: FitSettings,
 ) -> ScoreSolution:  # fmt: skip
-    """Projection and learned background of a text classifier; its class rows and its temperature stay.
+    """Solve projection and learned background of a text classifier; its class rows and temperature stay.
 
     A class that no region shows takes no part in the softmax that is solved, and is scored by its embedding.
 
@@ -206,7 +206,7 @@ def solve_text(
 
 
 def _basis(rows: torch.Tensor, *, extra: bool) -> torch.Tensor:
-    """(D, r) orthonormal: the space of ``rows`` (C, D) and, where there is room, one direction outside of it."""
+    """Compute (D, r) orthonormal: the space of ``rows`` (C, D) and, where there is room, one direction outside."""
     _, values, directions = torch.linalg.svd(rows.double(), full_matrices=extra and rows.shape[0] < rows.shape[1])
     rank = int((values > 1e-6 * values[0]).sum())
     found: torch.Tensor = directions[: rank + int(extra)].t().to(rows.dtype)

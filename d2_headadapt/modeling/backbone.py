@@ -1,4 +1,4 @@
-"""A plain stack of convolutions as a detectron2 backbone: the shared network of many WikiArt notebooks."""
+"""A plain stack of convolutions as a detectron2 backbone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class ConvNet(Backbone):
-    """3x3 convolutions, each followed by ReLU and 2x2 max pooling.
+    """A backbone of 3x3 convolutions, each followed by ReLU and 2x2 max pooling.
 
     Its one feature is named after the last convolution: ``conv3`` of stride 8 for three of them.
 
@@ -36,7 +36,7 @@ class ConvNet(Backbone):
         self._out_feature_strides = {name: 2 ** len(channels)}
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(N, C, H, W) -> the last map by name, (N, channels, H / stride, W / stride) rounded down."""
+        """Compute the last map by name, (N, C, H, W) -> (N, channels, H / stride, W / stride) rounded down."""
         for layer in self.convolutions:
             x = nn.functional.max_pool2d(layer(x).relu(), 2)
         return {self._out_features[0]: x}
@@ -44,7 +44,7 @@ class ConvNet(Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_conv_net_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ConvNet:
-    """The network whose channels ``MODEL.CONV_NET.CHANNELS`` lists.
+    """Build the network whose channels ``MODEL.CONV_NET.CHANNELS`` lists.
 
     Example:
         >>> from detectron2.config import get_cfg

@@ -255,7 +255,7 @@ class MultiTaskClassifier(nn.Module):
         )
 
     def _kept(self, logits: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-        """``logits``, which hold one row for each image and one column for each class."""
+        """Return ``logits`` if they hold one row for each image and one column for each class, else raise."""
         for spec in self.heads.specs:
             shape, expected = tuple(logits[spec.name].shape), (count, len(spec.table))
             if shape != expected:
@@ -308,7 +308,7 @@ class MultiTaskClassifier(nn.Module):
     def _labels(
         self, batched_inputs: Sequence[Mapping[str, Any]], logits: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Labels (N,) or (N, K) by task."""
+        """Read labels (N,) or (N, K) by task."""
         found: dict[str, torch.Tensor] = {}
         for name in logits:
             labels = [image.get("tasks", {}).get(name) for image in batched_inputs]
@@ -344,7 +344,7 @@ returning a module. The config key ``MODEL.CLASSIFIER.POOLING`` names the one to
 
 
 class MeanPooling(nn.Module):
-    """(N, C, H, W) -> (N, C), the mean over all cells."""
+    """Mean pooling over all cells: (N, C, H, W) -> (N, C)."""
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         return maps.mean(dim=(2, 3))
@@ -352,18 +352,18 @@ class MeanPooling(nn.Module):
 
 @POOLING_REGISTRY.register()
 def avg(cfg: CfgNode, shape: ShapeSpec) -> nn.Module:
-    """Features that do not depend on an image's size."""
+    """Average the features, so that they do not depend on an image's size."""
     return MeanPooling()
 
 
 @POOLING_REGISTRY.register()
 def flatten(cfg: CfgNode, shape: ShapeSpec) -> nn.Module:
-    """All cells side by side: images of ``MODEL.CLASSIFIER.INPUT_SIZE`` only."""
+    """Flatten all cells side by side: images of ``MODEL.CLASSIFIER.INPUT_SIZE`` only."""
     return nn.Flatten(1)
 
 
 def build_pooling(cfg: CfgNode, shape: ShapeSpec) -> nn.Module:
-    """The step that ``MODEL.CLASSIFIER.POOLING`` names.
+    """Build the step that ``MODEL.CLASSIFIER.POOLING`` names.
 
     Args:
         cfg: with that key.

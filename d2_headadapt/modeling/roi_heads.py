@@ -27,8 +27,8 @@ from .predictor import replace_predictor
 from .task_boxes import carry_labels, features_of, has_tasks
 
 
-class KnowsItsClasses:
-    """Put before a stock ROI-heads class, replaces the predictor it built and remembers the user's settings.
+class HeadAdaptMixin:
+    """A mixin before a stock ROI-heads class: it replaces the box predictor and keeps the user's settings.
 
     A predictor that a subclass built itself, of another class than stock's, is left alone. Tasks on boxes are part of
     the predictor, in a cascade of the last one.
@@ -57,7 +57,7 @@ class KnowsItsClasses:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """The stock class's arguments, for the class count of the target table."""
+        """Read the parent's arguments, for the class count of the target table."""
         settings = AdaptSettings.from_config(cfg)
         cfg = with_keys(cfg).clone()
         cfg.defrost()
@@ -75,7 +75,7 @@ class KnowsItsClasses:
     def forward_with_given_boxes(
         self, features: dict[str, torch.Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """The parent's masks and keypoints, and the tasks of boxes that do not have them yet.
+        """Run the parent's mask and keypoint heads, and the tasks of boxes that do not have them yet.
 
         Detections of the standard and C4 heads have the tasks of their region already. Those of a cascade, whose final
         boxes are those of no region, and boxes that come from elsewhere (``inference(detected_instances=...)``) are
@@ -123,7 +123,7 @@ def _ours(cfg: CfgNode, stock: Any, table: ClassTable | None, tasks: Sequence[Ta
 
 
 @ROI_HEADS_REGISTRY.register()
-class HeadAdaptROIHeads(KnowsItsClasses, StandardROIHeads):
+class HeadAdaptROIHeads(HeadAdaptMixin, StandardROIHeads):
     """``StandardROIHeads`` with the box predictor that ``MODEL.HEAD_ADAPT.PREDICTOR`` names."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
@@ -141,7 +141,7 @@ class HeadAdaptROIHeads(KnowsItsClasses, StandardROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class HeadAdaptCascadeROIHeads(KnowsItsClasses, CascadeROIHeads):
+class HeadAdaptCascadeROIHeads(HeadAdaptMixin, CascadeROIHeads):
     """``CascadeROIHeads`` with our predictor at every stage, and the tasks at the last."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
@@ -163,7 +163,7 @@ class HeadAdaptCascadeROIHeads(KnowsItsClasses, CascadeROIHeads):
     def _match_and_label_boxes(
         self, proposals: list[Instances], stage: int, targets: list[Instances]
     ) -> list[Instances]:
-        """The parent's ``gt_classes`` and ``gt_boxes``, with ``gt_<task>`` of the same match."""
+        """Match like the parent, and add ``gt_<task>`` of the same match."""
         proposals = super()._match_and_label_boxes(proposals, stage, targets)
         predictor = self.box_predictor[stage]
         if has_tasks(predictor):
@@ -175,7 +175,7 @@ class HeadAdaptCascadeROIHeads(KnowsItsClasses, CascadeROIHeads):
 
 
 @ROI_HEADS_REGISTRY.register()
-class HeadAdaptRes5ROIHeads(KnowsItsClasses, Res5ROIHeads):
+class HeadAdaptRes5ROIHeads(HeadAdaptMixin, Res5ROIHeads):
     """``Res5ROIHeads`` (the C4 models) with our predictor."""
 
     def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tasks on boxes: which region features and which labels the heads see.
+"""Choose which region features and which labels the heads of tasks on boxes see.
 
 R   number of regions
 K   number of classes of a task
@@ -36,7 +36,7 @@ class Predictions(tuple[torch.Tensor, torch.Tensor]):
 
 
 def features_of(predictions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Region features (R, C) of the predictions of a predictor with tasks.
+    """Return the region features (R, C) of a predictor with tasks from its predictions.
 
     Raises:
         ConfigError: somebody rebuilt the pair, and the features are gone.
@@ -52,7 +52,7 @@ def features_of(predictions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
 
 
 def has_tasks(predictor: nn.Module) -> bool:
-    """Whether a box predictor, of whatever class, classifies tasks."""
+    """Tell whether a box predictor, of whatever class, classifies tasks."""
     return isinstance(getattr(predictor, "tasks", None), TaskHeads)
 
 
@@ -72,7 +72,7 @@ def carry_labels(heads: TaskHeads, truth: Instances, regions: Instances, matched
 
 
 def task_labels(head: TaskHead, proposals: Sequence[Instances], chosen: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Labels of one task on the chosen regions of all images; missing where an image has none of the task.
+    """Join the labels of one task on the chosen regions of all images; missing where an image has none of it.
 
     Args:
         head: of the task.

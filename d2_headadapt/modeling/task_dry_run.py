@@ -1,4 +1,4 @@
-"""What a module makes of a shape, found by running it on nothing: on the meta device, or on zeros where it must be."""
+"""Compute output shapes by running a module on nothing: on the meta device, or on zeros where it must be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, module by module, and back."""
+    """Switch to evaluation mode, module by module, and back."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -26,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def dry_run(module: nn.Module, shape: Sequence[int]) -> Any:
-    """The module's output for an input of ``shape``; its tensors have shapes, and values that mean nothing.
+    """Compute the module's output for an input of ``shape``; shapes are right, values mean nothing.
 
     Nothing of the module changes, and no global random stream moves.
 
@@ -52,7 +52,7 @@ def dry_run(module: nn.Module, shape: Sequence[int]) -> Any:
 
 
 def padded_size(backbone: Any, size: Sequence[int]) -> tuple[int, int]:
-    """(height, width) that images of one size have after detectron2's padding for a backbone."""
+    """Compute (height, width) of images of one size after detectron2's padding for a backbone."""
     # It computes with tensors of its own, which a model that is built on the meta device must not catch.
     with torch.device("cpu"):
         padded = ImageList.from_tensors(

@@ -46,24 +46,24 @@ class TaskHead(nn.Module):
         self.register_buffer("class_weights", weights, persistent=False)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """What the last layer sees, (N, C) or (N, hidden)."""
+        """Compute what the last layer sees, (N, C) or (N, hidden)."""
         return x if self.hidden is None else F.relu(self.hidden(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C) -> logits (N, K)."""
+        """Compute logits (N, K) of features (N, C)."""
         logits: torch.Tensor = self.predictor(self.features(x))
         return logits
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities (N, K): of one class each (softmax), or class by class (sigmoid)."""
+        """Compute probabilities (N, K): of one class each (softmax), or class by class (sigmoid)."""
         return logits.sigmoid() if self.spec.multi else logits.softmax(dim=-1)
 
     def chosen(self, scores: torch.Tensor) -> torch.Tensor:
-        """The best class (N,) int64; where several labels are possible (N, K) bool, each whose score is 0.5 or more."""
+        """Choose the best class (N,) int64, or for multi-label tasks (N, K) bool: the scores of 0.5 or more."""
         return scores >= 0.5 if self.spec.multi else scores.argmax(dim=1)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy over what is labelled; zero, with a graph, where nothing is.
+        """Compute the mean cross entropy over what is labelled; zero, with a graph, where nothing is.
 
         The mean is over this process's labels, as stock's losses are over this process's regions. Where one of two
         processes has all labels of a step, its gradient counts half of what one process would make of both halves,
@@ -94,7 +94,7 @@ class TaskHead(nn.Module):
         return (losses * weights).sum() / weights.sum().clamp(min=1e-12)
 
     def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
-        """Rows of the last layer belong to the classes of the task; a hidden layer serves them all."""
+        """Describe the last layer, whose rows belong to the task's classes; a hidden layer serves them all."""
         for leaf in ("weight", "bias"):
             tensor = f"{context.name}.predictor.{leaf}".lstrip(".")
             yield HeadLayout(tensor, self.spec.name, context.name or self.spec.name, "task_head")
@@ -124,11 +124,11 @@ class TaskHeads(nn.Module):
         return cast(TaskHead, self.get_submodule(_module_name(name)))
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(N, C) -> logits (N, K) by task."""
+        """Compute logits (N, K) by task of features (N, C)."""
         return {head.spec.name: head(x) for head in self}
 
     def losses(self, logits: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weighted losses as ``loss_task_<name>``; a task without an entry in ``labels`` has none of its labels.
+        """Compute weighted losses as ``loss_task_<name>``; a task without an entry in ``labels`` has none.
 
         Args:
             logits: of :meth:`forward`.
@@ -145,5 +145,5 @@ class TaskHeads(nn.Module):
 
 
 def _module_name(task: str) -> str:
-    """A task may be called as an attribute of modules is (``type``)."""
+    """Prefix a task's name, which may be that of a module's attribute (``type``)."""
     return f"{task}_" if hasattr(TaskHeads, task) or task in ("specs", "training") else task

@@ -1,1 +1,1 @@
-"""From ``--config-file`` to what is built: configs read, classes settled, models made."""
+"""Read ``--config-file``, settle its classes and build what it describes."""

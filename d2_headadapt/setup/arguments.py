@@ -1,4 +1,4 @@
-"""Options that several command lines share, declared without importing torch or detectron2."""
+"""Declare options that several command lines share, without importing torch or detectron2."""
 
 from __future__ import annotations
 

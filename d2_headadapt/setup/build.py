@@ -1,4 +1,4 @@
-"""Models of a config, and what their constructors raise as a message."""
+"""Build models of a config, and turn what their constructors raise into messages."""
 
 from __future__ import annotations
 

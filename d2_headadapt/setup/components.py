@@ -1,4 +1,4 @@
-"""A user's own modules: imported once in every process, so that what they register is there."""
+"""Import a user's own modules, once in every process, so that what they register is there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_component_keys(cfg: CfgNode, modules: Sequence[ModuleType]) -> None:
 
 
 def builder_of(modules: Sequence[ModuleType]) -> Callable[[CfgNode], nn.Module]:
-    """The ``build_model(cfg)`` that imported modules bring themselves, else detectron2's.
+    """Return the ``build_model(cfg)`` that imported modules bring themselves, else detectron2's.
 
     Raises:
         UsageError: two modules bring different ones.

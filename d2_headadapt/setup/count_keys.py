@@ -150,7 +150,7 @@ class _Search:
         return way.base
 
     def _try(self, way: _Way, keys: Sequence[str]) -> bool | Exception:
-        """Whether any shape changes when one class is added under ``keys``; what was raised where it cannot be."""
+        """Try whether any shape changes when one class is added under ``keys``; return what was raised if it cannot."""
         try:
             base = self._base(way)
             more = way.look({**self.counts, **{key: self.counts[key] + STEPS[0] for key in keys}})
@@ -181,7 +181,7 @@ class _Search:
         return None
 
     def _solve(self, way: _Way, keys: tuple[str, ...]) -> Exception | None:
-        """Enter a family of keys with what it sizes; what was raised where a build fails."""
+        """Enter a family of keys with what it sizes; return what was raised where a build fails."""
         value = self.counts[keys[0]]
         base, more = self._base(way), {}
         try:
@@ -210,7 +210,7 @@ class _Search:
 
 
 def _stuck(key: str, value: int, problem: bool | Exception | None, tried: tuple[str, ...] = ()) -> Stuck:
-    """A key with what was raised when it was changed, and where."""
+    """Describe a key with what was raised when it was changed, and where."""
     if not isinstance(problem, Exception):
         return Stuck(key, value, "", "", tried)
     frame = traceback.extract_tb(problem.__traceback__)[-1]
@@ -220,13 +220,13 @@ def _stuck(key: str, value: int, problem: bool | Exception | None, tried: tuple[
 
 
 def space_of_key(key: str) -> str:
-    """The label space that a count key's name tells; empty where it tells none, as in ``MODEL.POINT_HEAD``."""
+    """Tell a count key's label space by its name; empty where it tells none, as in ``MODEL.POINT_HEAD``."""
     told = next((space for space, words in _SPACES if words.search(key)), "")
     return told or ("" if "POINT_HEAD" in key.upper() else "thing")
 
 
 def count_keys(config: Any) -> dict[str, int]:
-    """The class-count keys of a yaml config or of the model of a LazyConfig, with their numbers.
+    """List the class-count keys of a yaml config or of the model of a LazyConfig, with their numbers.
 
     Args:
         config: a ``CfgNode``, or the ``model`` node of a LazyConfig (whose paths then begin with ``model``).
@@ -248,7 +248,7 @@ def _is_count(name: str) -> bool:
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a config with its path; interpolations and missing values of a LazyConfig are none."""
+    """Yield every value of a config with its path; interpolations and missing values of a LazyConfig are none."""
     if isinstance(node, CfgNode):
         for key, value in node.items():
             yield from _leaves(value, f"{path}.{key}".lstrip("."))
@@ -275,7 +275,7 @@ def _set(config: Any, values: Mapping[str, Any]) -> None:
 
 
 def discover_yaml(cfg: CfgNode, build: Callable[[CfgNode], nn.Module] = build_model) -> Discovery:
-    """What :func:`discover` says about a yaml config; the same content is looked at once in a process.
+    """Run :func:`discover` on a yaml config; the same content is looked at once in a process.
 
     Args:
         cfg: with the keys of its project; not changed.
@@ -324,7 +324,7 @@ def _free_of_tables(config: CfgNode, make: Make) -> Discovery:
 
 
 def discover_lazy(model: DictConfig) -> Discovery:
-    """What :func:`discover` says about the model of a LazyConfig; the same content is looked at once in a process.
+    """Run :func:`discover` on the model of a LazyConfig; the same content is looked at once in a process.
 
     Args:
         model: its ``model`` node; not changed. Interpolations stay, and follow what they point to.
@@ -368,7 +368,7 @@ def _discover_config(config: Any, make: Make) -> Discovery:
 
 
 def _levers(config: Any, counts: Counts, make: Make, folder: Path) -> Iterator[Lever]:
-    """What may hold a class count: a federated loss, and files with one row per class."""
+    """List what may hold a class count: a federated loss, and files with one row per class."""
     leaves = list(_leaves(config))
     off = {path: False for path, value in leaves if value is True and re.search(r"fed_?loss", path, re.I)}
     files = [(path, value) for path, value in leaves if isinstance(value, str) and _rows_of(value)]
@@ -393,7 +393,7 @@ def _levers(config: Any, counts: Counts, make: Make, folder: Path) -> Iterator[L
 
 @contextmanager
 def _grown_metadata(steps: Mapping[int, int]) -> Iterator[None]:
-    """For the builds inside, datasets count the images of as many classes more as were added (LVIS does)."""
+    """Let datasets count the images of as many classes more as were added (LVIS does), for the builds inside."""
     before: list[tuple[dict[str, Any], list[Any]]] = []
     for name in MetadataCatalog.list():
         values = vars(MetadataCatalog.get(name))
@@ -443,7 +443,7 @@ _MOST = 32
 
 
 def _remembered(key: tuple[str, str, Any], keep: Any, make: Callable[[], Discovery]) -> Discovery:
-    """What was discovered under ``key``; ``keep`` stays alive with it, so that no address in a key is used again."""
+    """Look up what was discovered under ``key``; ``keep`` stays alive, so that no address in a key is used again."""
     if key not in _REMEMBERED:
         _REMEMBERED[key] = make(), keep
         while len(_REMEMBERED) > _MOST:

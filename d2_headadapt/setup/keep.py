@@ -63,7 +63,7 @@ def settle_keep(cfg: CfgNode, *, required: bool = False) -> bool:
 
 
 def settled_line(old: int, packs: list[PackSpec]) -> str:
-    """What was settled, in a line."""
+    """Say what was settled, in a line."""
     added = shorten([name for pack in packs for name in pack.classes])
     return f"KEEP exact: {old} old classes stay as they are, bit for bit; added: {added}"
 
@@ -91,7 +91,7 @@ def check_labels(cfg: CfgNode) -> None:
 
 
 def _refuse_other_keys(cfg: CfgNode) -> None:
-    """What cannot be had together with ``KEEP``."""
+    """Refuse what cannot be had together with ``KEEP``."""
     node = cfg.MODEL.HEAD_ADAPT
     off: Any
     for key, value, off, why in (
@@ -138,7 +138,7 @@ def _base_table(cfg: CfgNode, path: str, known: Provenance) -> ClassTable:
 
 
 def _added(cfg: CfgNode, old: ClassTable, stored: KeptFile | None, required: bool) -> list[PackSpec]:
-    """What this session adds: the training set's classes that neither the base nor an earlier session has."""
+    """Return what this session adds: the training set's classes that neither the base nor an earlier session has."""
     node = cfg.MODEL.HEAD_ADAPT
     labels = resolve_table(node.TARGET_CLASSES, key=HEAD_ADAPT.TARGET_CLASSES, space="thing")
     if labels is None and len(cfg.DATASETS.TRAIN):

@@ -1,4 +1,4 @@
-"""What a command works on, from a yaml or a LazyConfig: a settled config, and how to build what it describes."""
+"""Recipes: a settled config from a yaml or a LazyConfig, and how to build models and loaders from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..key import DATASETS, INPUT, YAML, Form, form_of
 from ..modeling.keep_model import attach_keep
 from .build import build_on_meta, building
 from .components import builder_of, import_components
-from .lazy.loading import load
+from .lazy.loading import load_lazy_config
 from .lazy.mirror import mirror_of
 from .lazy.preparing import prepare
 from .lazy.tree import built, calls, select, target_of
@@ -33,7 +33,7 @@ from .yaml import load_config, resolve_config
 
 
 def no_training_set() -> UsageError:
-    """The error for who wants to fit without images."""
+    """Make the error for a fit without images."""
     return UsageError(
         DATASETS.TRAIN,
         expected="a dataset to fit new rows on",
@@ -44,7 +44,7 @@ def no_training_set() -> UsageError:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A yaml's.
+    """A settled yaml config, and how to build models and loaders from it.
 
     Args:
         config: resolved and frozen.
@@ -57,22 +57,22 @@ class Recipe:
     builder: Callable[[CfgNode], nn.Module] = field(default=build_model, kw_only=True)
 
     def build(self) -> nn.Module:
-        """The model on ``MODEL.DEVICE``, as its constructors leave it, with the settings attached."""
+        """Build the model on ``MODEL.DEVICE``, as its constructors leave it, with the settings attached."""
         return attach_keep(self.build_base(), KeepSettings.from_config(self.config))
 
     def build_base(self) -> nn.Module:
-        """The model without the classes that ``MODEL.HEAD_ADAPT.KEEP`` adds."""
+        """Build the model without the classes that ``MODEL.HEAD_ADAPT.KEEP`` adds."""
         with building():
             model: nn.Module = self.builder(self.config)
         attach_settings(model, self.settings)
         return model
 
     def build_on_meta(self) -> nn.Module:
-        """Its names and shapes; on the CPU where a module does not build on the meta device."""
+        """Build the model's names and shapes; on the CPU where a module does not build on the meta device."""
         return build_on_meta(self.config, self.builder)
 
     def build_small(self) -> nn.Module:
-        """The model on the CPU with few detections and no threshold, for a forward pass; no random stream moves."""
+        """Build the model on the CPU with few detections and no threshold; no random stream moves."""
         cfg = self.config.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = "cpu"
@@ -87,15 +87,15 @@ class Recipe:
         return model
 
     def training_dicts(self) -> list[dict[str, Any]]:
-        """See :func:`d2_headadapt.data.task_datasets.every_training_dict`."""
+        """Load the training dicts; see :func:`d2_headadapt.data.task_datasets.every_training_dict`."""
         return every_training_dict(self.config)
 
     def mapper_at_test_size(self) -> Mapper:
-        """See :func:`d2_headadapt.data.task_mapper.mapper_at_test_size`."""
+        """Make the mapper; see :func:`d2_headadapt.data.task_mapper.mapper_at_test_size`."""
         return mapper_at_test_size(self.config)
 
     def test_augmentations(self) -> list[Any]:
-        """What a test image goes through."""
+        """List what a test image goes through."""
         size = self.config.INPUT.MIN_SIZE_TEST
         if size < 0:
             raise ConfigError(
@@ -107,7 +107,7 @@ class Recipe:
         return [T.ResizeShortestEdge([size, size], self.config.INPUT.MAX_SIZE_TEST)] if size else []
 
     def with_tables(self, tables: Mapping[str, ClassTable]) -> Recipe:
-        """The same for label spaces that the config leaves open and a checkpoint knows."""
+        """Return this recipe with tables for label spaces that the config leaves open and a checkpoint knows."""
         target = {**tables, **self.settings.target}
         cfg = self.config.clone()
         cfg.defrost()
@@ -118,7 +118,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class LazyRecipe(Recipe):
-    """A LazyConfig's; ``config`` is the yaml that it amounts to.
+    """A settled LazyConfig, and how to build from it; ``config`` is the yaml that it amounts to.
 
     Args:
         lazy: as :func:`d2_headadapt.setup.lazy.prepare` leaves it.
@@ -160,7 +160,7 @@ class LazyRecipe(Recipe):
         return dicts
 
     def mapper_at_test_size(self) -> Mapper:
-        """The training mapper with the augmentations of the test mapper."""
+        """Make the training mapper with the augmentations of the test mapper."""
         node = select(self.lazy, "dataloader.train.mapper")
         target = target_of(node)
         if not (isinstance(target, type) and issubclass(target, DatasetMapper)) or "augmentations" not in node:
@@ -207,7 +207,7 @@ def read_recipe(
         HeadAdaptError: what cannot be read or used.
     """
     builder = builder_of(import_components(imports))
-    lazy = load(config_file, opts, imports) if form_of(config_file) is Form.LAZY else None
+    lazy = load_lazy_config(config_file, opts, imports) if form_of(config_file) is Form.LAZY else None
     cfg = load_config(config_file, opts, imports) if lazy is None else mirror_of(lazy)
     change(cfg)
     return resolved_recipe(cfg, lazy, reads_labels=reads_labels, builder=builder)

@@ -37,7 +37,7 @@ _LARGE = 1 << 16
 
 
 class SkipInitialisers(TorchFunctionMode):
-    """Within it, in this thread, ``torch.nn.init`` and random in-place methods return their tensor as it is."""
+    """A mode in which, in this thread, ``torch.nn.init`` and random in-place methods change nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -52,7 +52,7 @@ class SkipInitialisers(TorchFunctionMode):
 
 @contextmanager
 def nothing_changed() -> Iterator[None]:
-    """Give back every random state, detectron2's catalogs and torch's defaults as they were, and say nothing meanwhile.
+    """Give back every random state, detectron2's catalogs and torch's defaults as they were; log nothing meanwhile.
 
     A constructor may draw numbers (all of them do), print, log a line that is said once in a process, or make an entry
     of ``MetadataCatalog`` by asking for it; none of that is to be noticed by whoever trains afterwards.

@@ -19,7 +19,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from ..adapt.discovery import Cause, ClassSized, Discovery, Evidence, Found, Refusal
+from ..adapt.discovery import ClassSized, Discovery, Evidence, Found, Refusal, RefusalCause
 from ..adapt.layouts import HeadLayout
 from .shape_builds import nothing_changed
 
@@ -31,7 +31,7 @@ _TOLERANCE = 1e-4
 
 
 def synthetic_batch(space: str, c: int, *, size: int = 64) -> list[dict[str, Any]]:
-    """One random image of ``size`` pixels a side in detectron2's format whose objects are all of class ``c``.
+    """Draw one random image of ``size`` pixels a side, in detectron2's format, whose objects are all of class ``c``.
 
     Args:
         space: where ``c`` counts: ``thing`` (boxes and masks), ``stuff`` (every pixel) or ``keypoint`` (of one object
@@ -76,7 +76,7 @@ def probe_refused(
             refusal
             for refusal in found.refused
             if refusal.sized.key == family.keys[0]
-            and refusal.cause in (Cause.TWO_MEANINGS, Cause.FEATURES_OR_CLASSES_FIRST)
+            and refusal.cause in (RefusalCause.TWO_MEANINGS, RefusalCause.FEATURES_OR_CLASSES_FIRST)
         ]
         if open_:
             three = {**counts, **dict.fromkeys(family.keys, CLASSES)}
@@ -99,7 +99,7 @@ def _in(refusal: Refusal, decided: Mapping[str, HeadLayout]) -> bool:
 def _gradients(
     model: nn.Module, sized: Sequence[ClassSized], space: str, batch: Batch
 ) -> list[dict[str, torch.Tensor]]:
-    """The gradient of every class-sized parameter for each class's image."""
+    """Compute the gradient of every class-sized parameter for each class's image."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -148,7 +148,7 @@ def _decide(refused: Sequence[Refusal], gradients: Sequence[Mapping[str, torch.T
 
 
 def _contains(meaning: HeadLayout, seen: Sequence[torch.Tensor]) -> bool:
-    """Whether on every class axis something was seen of each class, and all of it within that class's rows."""
+    """Tell whether every class axis showed something of each class, and all of it within that class's rows."""
     for axis in meaning.class_axes:
         if not meaning.fits(seen[0].shape, CLASSES):
             return False

@@ -1,4 +1,4 @@
-"""Tasks that nothing would read: said before a model is built."""
+"""Refuse tasks that nothing would read, before a model is built."""
 
 from __future__ import annotations
 

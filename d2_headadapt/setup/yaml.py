@@ -1,4 +1,4 @@
-"""From command line arguments to a frozen config: components, keys, datasets, classes and device settled, and said."""
+"""Read a yaml config and settle it: components, keys, datasets, classes, device. From command line to frozen config."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TrustedCfgNode(PathAwareCfgNode):
 
 
 def plain_yaml(text: str, filename: str) -> str:
-    """A yaml's text with YAML's own tags in place of :data:`PLAIN_TAGS`.
+    """Replace :data:`PLAIN_TAGS` in a yaml's text by YAML's own tags.
 
     Raises:
         ConfigError: a tag that would run code or name an object of a program.
@@ -104,13 +104,13 @@ def plain_yaml(text: str, filename: str) -> str:
 
 
 def trusts_yaml(opts: Sequence[str]) -> bool:
-    """Whether the command line, and not the file about itself, says that what is read may run code."""
+    """Tell whether the command line, and not the file about itself, says that what is read may run code."""
     values = [value for key, value in zip(opts[::2], opts[1::2], strict=False) if key == TRUST_KEY.yaml]
     return bool(values) and str(values[-1]).lower() == "true"
 
 
 def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
-    """What a yaml says in its own place: paths of ``DATASETS.REGISTER`` become absolute, a task's ``on`` a string.
+    """Settle what a yaml says in its own place: ``DATASETS.REGISTER`` paths absolute, a task's ``on`` a string.
 
     Args:
         loaded: its content, with that of its base files, which came through here first; changed in place.
@@ -131,7 +131,7 @@ def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
 
 
 def _refuse_duplicate_tasks(filename: str) -> None:
-    """PyYAML keeps the last of two equal keys without a word: the first task, or key of a task, would be gone."""
+    """Raise for two equal keys in a yaml's tasks: PyYAML keeps the last without a word."""
     with PathManager.open(filename, "r") as file:
         node = yaml.compose(file, Loader=yaml.SafeLoader)
     for name in ("MODEL", "TASKS"):
@@ -301,7 +301,7 @@ def settle_config(
 
 
 def settle_device(device: str) -> str:
-    """``device``, or ``cpu`` in place of a GPU on a machine without one, which is said."""
+    """Return ``device``, or ``cpu`` in place of a GPU on a machine without one, and log that."""
     try:
         torch.device(device)
     except RuntimeError as exc:
@@ -370,7 +370,7 @@ def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
 
 
 def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Every key of a config with its path."""
+    """Yield every key of a config with its path."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from all_keys(value, f"{prefix}{key}.")

@@ -15,12 +15,12 @@ from torch import nn
 from d2_headadapt.adapt.class_axes import TensorFacts, class_sized, observe
 from d2_headadapt.adapt.discovery import (
     AxisSize,
-    Cause,
     ClassSized,
     Conflict,
     CountFamily,
     Discovery,
     Evidence,
+    RefusalCause,
     check_declared,
     settle_layouts,
     undeclared,
@@ -153,23 +153,23 @@ def test_heads_of_public_projects_are_found_undeclared(name: str, k: int) -> Non
         assert layout.fits(shapes[layout.tensor], k)
 
 
-REFUSED: dict[str, tuple[heads.Make, dict[str, tuple[Cause, int]]]] = {
+REFUSED: dict[str, tuple[heads.Make, dict[str, tuple[RefusalCause, int]]]] = {
     "BlendMask": (
         heads.blendmask,
-        {f"basis_module.seg_head.3.{leaf}": (Cause.TWO_MEANINGS, 2) for leaf in ("weight", "bias")},
+        {f"basis_module.seg_head.3.{leaf}": (RefusalCause.TWO_MEANINGS, 2) for leaf in ("weight", "bias")},
     ),
     "torchvision": (
         heads.torchvision_like,
         {
-            **{f"box_predictor.cls_score.{leaf}": (Cause.TWO_MEANINGS, 2) for leaf in ("weight", "bias")},
-            **{f"box_predictor.bbox_pred.{leaf}": (Cause.TWO_MEANINGS, 4) for leaf in ("weight", "bias")},
+            **{f"box_predictor.cls_score.{leaf}": (RefusalCause.TWO_MEANINGS, 2) for leaf in ("weight", "bias")},
+            **{f"box_predictor.bbox_pred.{leaf}": (RefusalCause.TWO_MEANINGS, 4) for leaf in ("weight", "bias")},
         },
     ),
-    "YOLO": (heads.yolo_like, {f"head.{leaf}": (Cause.TWO_MEANINGS, 4) for leaf in ("weight", "bias")}),
+    "YOLO": (heads.yolo_like, {f"head.{leaf}": (RefusalCause.TWO_MEANINGS, 4) for leaf in ("weight", "bias")}),
     "hidden width": (
         heads.narrowing,
         {
-            f"detect.cv3.0.{name}": (Cause.HIDDEN_WIDTH, 0)
+            f"detect.cv3.0.{name}": (RefusalCause.HIDDEN_WIDTH, 0)
             for name in (
                 *(f"0.conv.{leaf}" for leaf in ("weight", "bias")),
                 *(f"0.bn.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")),
@@ -180,27 +180,30 @@ REFUSED: dict[str, tuple[heads.Make, dict[str, tuple[Cause, int]]]] = {
     "one layer per class": (
         heads.one_per_class,
         {
-            f"heads.{i}.{leaf}": (Cause.ONE_TENSOR_PER_CLASS, 0)
+            f"heads.{i}.{leaf}": (RefusalCause.ONE_TENSOR_PER_CLASS, 0)
             for i in range(7)
             for leaf in ("weight", "bias")
         },
     ),
-    "features and classes": (heads.features_and_classes, {"second.weight": (Cause.FEATURES_OR_CLASSES_FIRST, 2)}),
+    "features and classes": (
+        heads.features_and_classes,
+        {"second.weight": (RefusalCause.FEATURES_OR_CLASSES_FIRST, 2)},
+    ),
     "Detic's second classifier": (
         lambda k: heads.detic(k, prop_score=True),
         {
-            f"roi_heads.box_predictor.{i}.prop_score.2.{leaf}": (Cause.TWO_MEANINGS, 2)
+            f"roi_heads.box_predictor.{i}.prop_score.2.{leaf}": (RefusalCause.TWO_MEANINGS, 2)
             for i in range(3)
             for leaf in ("weight", "bias")
         },
     ),
     "a buffer that nobody knows": (
         lambda k: _with_buffer(torch.zeros(k, 4)),
-        {"prototypes": (Cause.CARRIED_OR_REBUILT, 1)},
+        {"prototypes": (RefusalCause.CARRIED_OR_REBUILT, 1)},
     ),
     "a square of the count": (lambda k: heads.tree(pairs=nn.Linear(4, k * k)), {
-        "pairs.weight": (Cause.NOT_AFFINE, 0),
-        "pairs.bias": (Cause.NOT_AFFINE, 0),
+        "pairs.weight": (RefusalCause.NOT_AFFINE, 0),
+        "pairs.bias": (RefusalCause.NOT_AFFINE, 0),
     }),
 }  # fmt: skip
 
@@ -268,7 +271,7 @@ def test_where_an_embedding_pads_decides() -> None:
 def test_a_normalisation_of_class_scores_is_refused_not_rebuilt() -> None:
     found = look(lambda k: heads.tree(scores=heads.conv(k), norm=nn.BatchNorm2d(k, affine=False)))
     assert {x.sized.tensor: x.cause for x in found.refused} == dict.fromkeys(
-        ["norm.running_mean", "norm.running_var"], Cause.HIDDEN_WIDTH
+        ["norm.running_mean", "norm.running_var"], RefusalCause.HIDDEN_WIDTH
     )
 
 
@@ -334,7 +337,7 @@ MUTATIONS: dict[str, tuple[heads.Make, str]] = {
 def test_mutation_without_its_evidence_a_head_is_refused(name: str) -> None:
     make, tensor = MUTATIONS[name]
     found = look(make)
-    assert {x.sized.tensor: x.cause for x in found.refused}[tensor] is Cause.TWO_MEANINGS
+    assert {x.sized.tensor: x.cause for x in found.refused}[tensor] is RefusalCause.TWO_MEANINGS
 
 
 def test_mutation_loss_weights_alone_put_no_object_first() -> None:
@@ -354,7 +357,7 @@ def test_mutation_a_copy_of_a_framework_class_is_not_that_class() -> None:
         model.cls_score = nn.Linear(4, k + 1)
         return heads.tree(box_predictor=model)
 
-    assert {x.cause for x in look(make).refused} == {Cause.TWO_MEANINGS}
+    assert {x.cause for x in look(make).refused} == {RefusalCause.TWO_MEANINGS}
 
 
 # Declared layouts are held against what is seen.
@@ -470,7 +473,7 @@ def test_every_line_is_solved(k: int, axes: list[tuple[int, int]], steps: list[i
 def test_a_tensor_of_two_counts_is_refused() -> None:
     keys = {"A.NUM_CLASSES": 3, "B.NUM_CLASSES": 4}
     found = discover(lambda c: heads.tree(both=nn.Linear(2, c["A.NUM_CLASSES"] + c["B.NUM_CLASSES"])), keys)
-    assert {x.cause for x in found.refused} == {Cause.TWO_COUNTS} and not found.layouts
+    assert {x.cause for x in found.refused} == {RefusalCause.TWO_COUNTS} and not found.layouts
 
 
 def test_facts_name_base_classes_and_neighbours() -> None:

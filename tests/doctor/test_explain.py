@@ -246,7 +246,7 @@ def test_the_bare_line_at_dimension_1_with_two_encoder_widths_is_an_embedding() 
 def test_any_other_addition_is_not_called_an_optimizer() -> None:
     text = raised(lambda: torch.zeros(2, 3) + torch.zeros(2, 4))
     answer = explain(text)[0]
-    assert "optimizer's moments" not in answer.cause and "embedding" not in answer.cause
+    assert "optimizer state" not in answer.cause and "embedding" not in answer.cause
     assert "whole traceback" in answer.mend
 
 

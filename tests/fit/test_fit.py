@@ -32,7 +32,7 @@ from d2_headadapt.fit import boxes as boxes_room
 from d2_headadapt.fit import fit as entry_room
 from d2_headadapt.fit.boxes import region_features, stages_of
 from d2_headadapt.fit.images import choose_images, random_states_kept
-from d2_headadapt.fit.lookahead import CalmSettings
+from d2_headadapt.fit.lookahead import LookaheadSettings
 from d2_headadapt.fit.rows import RowWriter, Solution
 
 WORKER = Path(__file__).parents[1] / "workers" / "fit_worker.py"
@@ -362,7 +362,7 @@ def test_settings_that_cannot_work_name_their_key(key: str, value: Any) -> None:
 
 
 def hook(model: Any, start: int = 0, **keys: Any) -> FitHook:
-    made = FitHook(lambda: scenes(20), scene, lambda: {"thing": (0, 1, 2)}, SETTINGS, CalmSettings(**keys))
+    made = FitHook(lambda: scenes(20), scene, lambda: {"thing": (0, 1, 2)}, SETTINGS, LookaheadSettings(**keys))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
     made.trainer = SimpleNamespace(start_iter=start, iter=start, max_iter=1000, model=model, optimizer=optimizer)
@@ -460,7 +460,7 @@ def test_a_continued_run_is_not_fitted_again_and_stays_calm() -> None:
 @pytest.mark.parametrize("keys", [{"calm_iters": -1}, {"refits": (0,)}], ids=str)
 def test_a_calm_that_cannot_work_names_its_key(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"MODEL.HEAD_ADAPT.FIT.{next(iter(keys)).upper()}"):
-        CalmSettings(**keys)
+        LookaheadSettings(**keys)
 
 
 def test_the_real_model_detects_blood_cells_before_its_first_iteration(real: Path) -> None:

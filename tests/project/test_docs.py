@@ -75,7 +75,7 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 def test_mutation_a_broken_link_is_seen(text: str) -> None:
     assert broken_links(DOCS / "fit.md", text)
     assert not broken_links(
-        DOCS / "fit.md", "[a](tasks.md#data), [b](#and-then), ![c](fit_curves.png), <https://x.org>"
+        DOCS / "fit.md", "[a](tasks.md#data), [b](#what-it-shows), ![c](fit_curves.png), <https://x.org>"
     )
 
 

@@ -37,8 +37,8 @@ from d2_headadapt.config.settings import settings_of
 from d2_headadapt.errors import ConfigError, HeadAdaptError, UsageError
 from d2_headadapt.files import read_checkpoint
 from d2_headadapt.key import MIRRORED
-from d2_headadapt.setup.lazy import load, prepare
-from d2_headadapt.setup.lazy.counts import class_counts
+from d2_headadapt.setup.lazy import load_lazy_config, prepare
+from d2_headadapt.setup.lazy.counts import find_counts
 from d2_headadapt.setup.lazy.mirror import mirror_of
 from d2_headadapt.setup.yaml import all_keys
 
@@ -67,7 +67,7 @@ def _fresh_loggers() -> Any:
 
 
 def settled(path: Path, *opts: str, reads_labels: bool = False) -> Any:
-    return prepare(load(str(path), opts), reads_labels=reads_labels)
+    return prepare(load_lazy_config(str(path), opts), reads_labels=reads_labels)
 
 
 def on_meta(tree: Any) -> nn.Module:
@@ -84,7 +84,7 @@ def test_every_model_of_the_zoo_gets_its_counts_and_its_plan_is_complete(name: s
     """All heads follow the tables, and each class-sized tensor is carried by name."""
     if name in NEEDS_OTHER_PACKAGES:
         pytest.importorskip({"M": "mmdet", "c": "timm"}[name[0]])
-    lazy = load(str(ZOO / name))
+    lazy = load_lazy_config(str(ZOO / name))
     large = on_meta(lazy.model)
     tables = {f"target_classes{'' if s == 'thing' else f'_{s}'}": list(t.names) for s, t in TABLES.items()}
     OmegaConf.update(lazy, "head_adapt", tables, force_add=True)
@@ -116,7 +116,7 @@ def test_numbers_of_their_own_and_those_that_point_out_of_the_model_follow_too(t
     body = 'shared = dict(k=7)\nmodel.roi_heads.num_classes = "${shared.k}"\n'
     body += "model.roi_heads.box_predictor.num_classes = 9"
     made = settled(write_lazy(tmp_path, body=body))
-    assert {count.value for count in class_counts(made.lazy.model)} == {3}
+    assert {count.value for count in find_counts(made.lazy.model)} == {3}
     assert made.lazy.shared.k == 7
 
 
@@ -167,7 +167,7 @@ def test_every_key_of_the_package_is_taken_in_lower_case(tmp_path: Path) -> None
     add_headadapt_config(cfg)
     own = [key for key in all_keys(cfg) if key.startswith("MODEL.HEAD_ADAPT.")]
     assert len(own) > 40
-    lazy = load(str(write_config(tmp_path, "head_adapt = dict()")))
+    lazy = load_lazy_config(str(write_config(tmp_path, "head_adapt = dict()")))
     for key in own:
         value: Any = cfg
         for part in key.split("."):
@@ -241,13 +241,15 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypa
     }
     for name, text in ways.items():
         (tmp_path / "child" / f"{name}.py").write_text(text)
-        found = load(str(tmp_path / "child" / f"{name}.py")).head_adapt.register
+        found = load_lazy_config(str(tmp_path / "child" / f"{name}.py")).head_adapt.register
         folder = tmp_path / ("child" if name == "own" else "base")
         assert [e.json for e in found] == [str(folder / "a.json"), "/b.json"], name
         assert [e.images for e in found] == [os.path.expanduser("~/a"), str(folder / "b")], name
     monkeypatch.chdir(tmp_path)
     opts = ["head_adapt.register=[{name: c, json: c.json, images: c}]"]
-    assert load(str(tmp_path / "child" / "own.py"), opts).head_adapt.register[0].json == str(tmp_path / "c.json")
+    assert load_lazy_config(str(tmp_path / "child" / "own.py"), opts).head_adapt.register[0].json == str(
+        tmp_path / "c.json"
+    )
 
 
 def test_loading_leaves_python_as_it_was(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_loading_leaves_python_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("raise RuntimeError('half-way')")
     for path in (write_config(tmp_path, ""), tmp_path / "bad.py"):
         with contextlib.suppress(ConfigError):
-            load(str(path))
+            load_lazy_config(str(path))
         assert (builtins.__import__, stock._patch_import, LazyConfig.load) == before
 
 
@@ -279,9 +281,9 @@ def test_loading_leaves_python_as_it_was(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load(str(tmp_path / "bad.py"))
+        load_lazy_config(str(tmp_path / "bad.py"))
     with pytest.raises(ConfigError, match="no file"):
-        load(str(tmp_path / "gone.py"))
+        load_lazy_config(str(tmp_path / "gone.py"))
 
 
 @pytest.mark.parametrize(
@@ -297,16 +299,18 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, text: str, messag
 )
 def test_an_override_that_cannot_be_applied_is_a_usage_error(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        load(str(write_config(tmp_path, "")), [override])
+        load_lazy_config(str(write_config(tmp_path, "")), [override])
 
 
 def test_overrides_are_applied_and_a_probable_slip_is_said(tmp_path: Path, caplog: Any) -> None:
     path = write_config(tmp_path, "")
     with caplog.at_level("WARNING", "d2_headadapt"):
-        lazy = load(str(path), ["train.max_iter=7", "head_adapt.aliases=['a=b']", "train.cudnn_benchmark=True"])
+        lazy = load_lazy_config(
+            str(path), ["train.max_iter=7", "head_adapt.aliases=['a=b']", "train.cudnn_benchmark=True"]
+        )
         assert not caplog.records
         assert (lazy.train.max_iter, list(lazy.head_adapt.aliases)) == (7, ["a=b"])
-        load(str(path), ["train.max_itre=7"])
+        load_lazy_config(str(path), ["train.max_itre=7"])
     assert "train.max_itre is a key that this config did not have. Nearest: 'train.max_iter'" in caplog.text
 
 
@@ -336,7 +340,7 @@ def test_a_plan_says_in_the_config_s_words_what_to_type(tmp_path: Path, weights:
 
 def test_what_a_mirror_shows_is_what_the_config_says(tmp_path: Path) -> None:
     """Every mirrored key, with a value that is no default."""
-    lazy = load(str(write_lazy(tmp_path)))
+    lazy = load_lazy_config(str(write_lazy(tmp_path)))
     values: dict[str, Any] = {}
     for i, (key, place) in enumerate(MIRRORED.items()):
         values[key] = [1.0, 2.0] if key.endswith(("SIGMAS", "MEAN", "STD")) else 100 + i
@@ -393,12 +397,12 @@ def test_a_lost_node_is_found_however_it_was_written(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=rf"{i}\.py, line {line}, head_adapt: expected a dict of keys, found \(?'x'"
         ):
-            load(str(path))
+            load_lazy_config(str(path))
 
 
 def test_an_override_that_takes_the_model_away_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a node `model` made with LazyCall"):
-        load(str(write_config(tmp_path, "")), ["model=null"])
+        load_lazy_config(str(write_config(tmp_path, "")), ["model=null"])
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -416,7 +420,7 @@ def test_anybody_who_instantiates_gets_a_model_that_knows_its_classes(tmp_path: 
 
 
 def test_a_failure_leaves_the_config_as_it_was(tmp_path: Path) -> None:
-    lazy = load(str(write_lazy(tmp_path)), ["head_adapt.target_classes=[cat]"])
+    lazy = load_lazy_config(str(write_lazy(tmp_path)), ["head_adapt.target_classes=[cat]"])
     before = str(lazy)
     with pytest.raises(HeadAdaptError, match="the 1 classes of"):
         prepare(lazy)
@@ -624,6 +628,6 @@ def test_the_rule_for_sgd_is_not_applied_to_another_optimizer(tmp_path: Path) ->
 
 def test_the_tiny_config_is_the_tiny_yaml_s_model() -> None:
     """The parity tests compare two ways to one model: names and shapes are those of helpers/models.py."""
-    lazy = load(str(TINY), ["model.roi_heads.num_classes=5"])
+    lazy = load_lazy_config(str(TINY), ["model.roi_heads.num_classes=5"])
     ours = {n: v.shape for n, v in on_meta(lazy.model).state_dict().items()}
     assert ours == {n: v.shape for n, v in model_of(names(5), masks=True).state_dict().items()}

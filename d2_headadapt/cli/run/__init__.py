@@ -1,4 +1,4 @@
-"""Existing detectron2 scripts, unmodified, with this package in place: ``d2-headadapt run``.
+"""Run existing detectron2 scripts, unmodified, with this package in place: ``d2-headadapt run``.
 
 A script has imported names before anything of ours runs, and spawned processes import it again, so replacing
 attributes of modules would not reach it. Classes, the default config and the registries are the same objects

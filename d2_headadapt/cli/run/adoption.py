@@ -1,4 +1,4 @@
-"""This package put in place in a process, and in every process that one starts."""
+"""Put this package in place in a process, and in every process that it starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _started: list[Any] = []
 
 @dataclass(frozen=True)
 class Adoption:
-    """What a script runs with, in every process of it.
+    """The options that a script runs with, in every process of it.
 
     Args:
         opts: ``KEY VALUE`` pairs that become defaults of the script's config.
@@ -76,7 +76,7 @@ class Adopted:
         self.function, self.adoption = function, adoption
 
     def __call__(self, *args: Any) -> Any:
-        """Call it."""
+        """Call the function in a spawned process, then finish the adoption there."""
         _started.clear()  # A fork has its parent's.
         result = self.function(*args)
         self.adoption.finish()

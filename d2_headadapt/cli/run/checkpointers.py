@@ -21,7 +21,7 @@ _told: set[type] = set()
 
 
 def adopt_checkpointer(*, plan: bool = False) -> None:
-    """Whoever makes a ``DetectionCheckpointer`` gets this package's; a subclass gets it below itself.
+    """Give whoever makes a ``DetectionCheckpointer`` this package's; a subclass gets it below itself.
 
     A subclass keeps its methods. One that decides by itself what a load does, and fvcore's ``Checkpointer``, stay as
     they are and are named, with the lines to change.
@@ -45,7 +45,7 @@ def adopt_checkpointer(*, plan: bool = False) -> None:
 
 
 def overridden(cls: type[Checkpointer]) -> list[str]:
-    """The methods of :data:`DECIDE` that a subclass of ``DetectionCheckpointer`` brings itself."""
+    """Return the methods of :data:`DECIDE` that a subclass of ``DetectionCheckpointer`` brings itself."""
     stock = (DetectionCheckpointer, Checkpointer)
     return [name for name in DECIDE if next(one for one in cls.__mro__ if name in vars(one)) not in stock]
 
@@ -66,7 +66,7 @@ def _class_in_place_of(cls: type[Checkpointer]) -> type[Checkpointer]:
 
 @functools.cache
 def _mixed(cls: type[DetectionCheckpointer]) -> type[DetectionCheckpointer]:
-    """A subclass of a script's checkpointer and, below it, of this package's."""
+    """Return a subclass of a script's checkpointer and, below it, of this package's."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
@@ -104,7 +104,7 @@ def _say_kept(cls: type[Checkpointer]) -> None:
 
 @functools.cache
 def _say_torchrun_alone() -> None:
-    """Once: processes that torchrun started and that never met each train a model of their own."""
+    """Warn once of processes that torchrun started and that never met each train a model of their own."""
     several = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and not torch.distributed.is_initialized():
         logger.warning(

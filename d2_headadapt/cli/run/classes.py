@@ -31,12 +31,12 @@ from ...config.settings import NUM_CLASSES_KEYS, AdaptSettings, apply_num_classe
 from ...data.datasets import SPACE_METADATA, register_datasets, training_table
 from ...data.task_datasets import settle_tasks
 from ...data.task_spec import TASK_DEFAULTS, task_specs
-from ...engine.own_loop import class_counts
+from ...engine.own_loop import count_classes
 from ...errors import HeadAdaptError
 from ...key import DATASETS
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import HeadAdaptOutputLayers
-from ...modeling.roi_heads import KnowsItsClasses
+from ...modeling.roi_heads import HeadAdaptMixin
 from ...setup.keep import settle_keep
 from ...setup.lazy import prepare
 from ...setup.lazy.loading import NODE, make_absolute
@@ -45,7 +45,7 @@ from ...setup.lazy.tree import calls, target_of
 from ...setup.task_checks import check_tasks
 
 logger = logging.getLogger(__name__)
-OURS = (KnowsItsClasses, HeadAdaptOutputLayers, MultiTaskClassifier)
+OURS = (HeadAdaptMixin, HeadAdaptOutputLayers, MultiTaskClassifier)
 """Who names one of these asks for models of this package."""
 _training: list[str] = []
 """Trainers that are being built: what builds a model inside will train it."""
@@ -70,8 +70,8 @@ class ScriptClasses:
     counts: Mapping[str, int]
 
     def settle(self, model: nn.Module) -> AdaptSettings:
-        """The settings of a model that was built, and what is said where ``DATASETS.TRAIN`` does not fit it."""
-        found = class_counts(model)
+        """Return the settings of a model that was built, and what is said where ``DATASETS.TRAIN`` does not fit it."""
+        found = count_classes(model)
         say_other_spaces(self.told, layouts_of(model), target_key)
         target, yields = dict(self.settings.target), set[str]()
         for space, table in self.trained.items():
@@ -176,7 +176,7 @@ def _finish(model: nn.Module, settings: AdaptSettings, datasets: tuple[str, ...]
 
 
 def has_tasks(cfg: CfgNode) -> bool:
-    """Whether ``MODEL.TASKS`` holds tasks of this package; a script may have a key of that name for something else."""
+    """Tell whether ``MODEL.TASKS`` holds tasks of this package; a script may have such a key for something else."""
     tasks = cfg.MODEL.get("TASKS")
     return isinstance(tasks, CfgNode) and any(
         isinstance(node, Mapping) and (not node or not TASK_DEFAULTS.keys().isdisjoint(node)) for node in tasks.values()
@@ -210,7 +210,7 @@ def _tables_of(names: tuple[str, ...], told: Collection[str]) -> dict[str, Class
 
 
 def _table_of(names: tuple[str, ...], space: str) -> ClassTable | None:
-    """The classes of training sets; unknown, with a warning, where this package cannot use what detectron2 can."""
+    """Return the classes of training sets; unknown, with a warning, where only detectron2 can use the sets."""
     if not _training and any(name in DatasetCatalog and not _tells(name) for name in names):
         return None  # Only loading would tell, and nobody may ever load it.
     try:
@@ -227,13 +227,13 @@ def _tells(name: str) -> bool:
 
 
 def _names_us(cfg: CfgNode) -> bool:
-    """Whether the config itself names heads or a predictor of this package, whose counts come from their table."""
+    """Tell whether the config itself names heads or a predictor of this package, whose counts come from their table."""
     return _is_ours(cfg.MODEL.ROI_HEADS.NAME) or cfg.MODEL.HEAD_ADAPT.PREDICTOR != "HeadAdaptOutputLayers"
 
 
 def _is_ours(name: str) -> bool:
     found = dict(iter(ROI_HEADS_REGISTRY)).get(name)
-    return isinstance(found, type) and issubclass(found, KnowsItsClasses)
+    return isinstance(found, type) and issubclass(found, HeadAdaptMixin)
 
 
 def _keep_count(own: CfgNode, classes: ScriptClasses) -> bool:
@@ -241,7 +241,7 @@ def _keep_count(own: CfgNode, classes: ScriptClasses) -> bool:
     table, count = classes.trained.get("thing"), classes.counts.get("thing")
     name = own.MODEL.ROI_HEADS.NAME
     found = ROI_HEADS_REGISTRY.get(name) if name in ROI_HEADS_REGISTRY else None
-    ours = isinstance(found, type) and issubclass(found, KnowsItsClasses)
+    ours = isinstance(found, type) and issubclass(found, HeadAdaptMixin)
     if not ours or count is None or "thing" in classes.settings.target or (table is not None and count == len(table)):
         return False
     if table is not None and count > len(table):

@@ -1,4 +1,4 @@
-"""The keys of this package in the configs that a script reads: yaml and LazyConfig."""
+"""Add this package's keys to the configs that a script reads: yaml and LazyConfig."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def adopt_configs(opts: Sequence[str], imports: Sequence[str], folder: str) -> N
 
 
 def registered_entries() -> list[Any]:
-    """What was registered here so far, for processes to come: a config that they are handed is not merged there."""
+    """List what was registered here so far, for new processes: a config handed to them is not merged there."""
     return list(_registered)
 
 
@@ -101,7 +101,7 @@ def _settling(stock: Any) -> Any:
 
 
 def _without_our_defaults(cfg: CfgNode) -> CfgNode:
-    """A copy without the keys of this package that nobody set: who reads a dump may not know them."""
+    """Return a copy without the keys of this package that nobody set: who reads a dump may not know them."""
     if not isinstance(cfg.get("MODEL"), CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
         return cfg
     copy = cfg.clone()
@@ -127,7 +127,7 @@ def _node(cfg: CfgNode, path: Sequence[str]) -> CfgNode | None:
 
 
 def _difference(value: Any, default: Any) -> Any:
-    """What of ``value`` is not ``default``; ``None`` where nothing is."""
+    """Return what of ``value`` is not ``default``; ``None`` where nothing is."""
     if not isinstance(value, CfgNode) or not isinstance(default, CfgNode):
         return None if value == default else value
     left: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Models that a script builds know their classes; several CPU processes share one."""
+"""Make models that a script builds know their classes, and let several CPU processes share one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Architecture:
         return isinstance(instance, self.stock)  # type: ignore[arg-type]
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A class of the script's own derives from the architecture itself."""
+        """Derive a script's own class from the architecture itself."""
         return (self.stock,)
 
 
@@ -74,7 +74,7 @@ def adopt_models(*, heads: bool) -> None:
 
 
 def _adopt_cpus() -> None:
-    """Scripts pass ``device_ids``, which ``DistributedDataParallel`` refuses for models on CPUs."""
+    """Drop ``device_ids``, which scripts pass and ``DistributedDataParallel`` refuses for models on CPUs."""
     stock = DistributedDataParallel.__init__
 
     @functools.wraps(stock)

@@ -1,4 +1,4 @@
-"""What this package says goes where detectron2 says something: to the same screen and the same log.txt."""
+"""Route this package's log to detectron2's handlers: the same screen and the same log.txt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from detectron2.utils.logger import setup_logger
 
 
 class BesideDetectron2(logging.Handler):
-    """Hands records to the handlers of detectron2's logger, which a script sets up with its folder and rank.
+    """A handler that hands records to those of detectron2's logger, which a script sets up with folder and rank.
 
     Args:
         own: speak in the first process where the script set up none.

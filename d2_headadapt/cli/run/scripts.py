@@ -1,4 +1,4 @@
-"""Running a script as ``python`` would."""
+"""Run a script as ``python`` would."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_script(command: Sequence[str], adoption: Adoption) -> None:
 
 
 def _put_in_front(folder: str) -> None:
-    """Where ``python`` looks first. What it looked in first to find us stays, last: processes to come need it too."""
+    """Put a folder first on the import path, as ``python`` does; the entry that found us stays, last."""
     if not getattr(sys.flags, "safe_path", False):
         sys.path.append(sys.path.pop(0))
     sys.path.insert(0, folder)

@@ -1,4 +1,4 @@
-"""``DefaultTrainer`` and data loaders of a script."""
+"""Replace ``DefaultTrainer`` and the data loaders of a script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _trainers: list[str] = []
 
 
 def adopt_trainer(*, fit: bool) -> None:
-    """A ``DefaultTrainer`` carries and watches the labels of ``MODEL.TASKS``, where there are any.
+    """Let ``DefaultTrainer`` carry and watch the labels of ``MODEL.TASKS``, where there are any.
 
     Args:
         fit: it also solves new rows before its first iteration.
@@ -78,7 +78,7 @@ def _with_tasks(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
 
 def say_unfitted() -> None:
-    """Say that ``--fit`` found nothing to hook into, in a process whose script has done its work."""
+    """Warn where ``--fit`` found nothing to hook into, in a process whose script has done its work."""
     if not _trainers:
         logger.warning(
             "--fit: no new row was solved, because the script trains without detectron2's DefaultTrainer, or with a "

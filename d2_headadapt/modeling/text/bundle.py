@@ -1,4 +1,4 @@
-"""Files of class embeddings: which row is whose, whatever the convention they were saved in.
+"""Read files of class embeddings: which row is whose, whatever the convention they were saved in.
 
 K   number of classes of the file
 D   width of an embedding
@@ -63,7 +63,7 @@ class TextBundle:
 
     @property
     def width(self) -> int:
-        """D."""
+        """The embeddings' width D."""
         return int(self.matrix.shape[1])
 
     def rows_for(self, target: ClassTable, aliases: Sequence[str] = ()) -> tuple[torch.Tensor, tuple[str, ...]]:
@@ -123,7 +123,7 @@ class TextBundle:
 
 @dataclass(frozen=True)
 class _Raw:
-    """What a file holds before its rows have names."""
+    """The content of a file before its rows have names."""
 
     matrix: torch.Tensor
     background: torch.Tensor | None
@@ -286,7 +286,7 @@ def _things(name: str) -> int:
 def _rows(
     path: str, matrix: torch.Tensor, table: ClassTable, *, wants_background: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The (K, D) rows of K names, and the background where it is a row of the same matrix."""
+    """Pick the (K, D) rows of K names, and the background where it is a row of the same matrix."""
     shape, count = tuple(matrix.shape), len(table)
     whose = f"{count} names of {table.origin}"
     if matrix.dim() != 2 or shape[1] == 1 or (shape[0] == 1 and count > 1):

@@ -1,4 +1,4 @@
-"""New rows that start from the carried classes whose names mean something near: ``NEW_ROWS: nearest``.
+"""Start new rows from the carried classes whose names mean something near: ``NEW_ROWS: nearest``.
 
 A linear head knows nothing of a class that its file lacks, and its names' text embeddings do: a new row starts as a
 mixture of the rows of carried classes. Everything here is decided by names and embeddings, so that no random number is
@@ -31,7 +31,7 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a new class starts from.
+    """The carried classes that a new class starts from.
 
     Args:
         classes: carried target classes, nearest first.
@@ -45,7 +45,7 @@ class Neighbours:
 def nearest_classes(
     bundle: TextBundle, table: ClassTable, new: Collection[int], carried: Collection[int], count: int = COUNT
 ) -> dict[int, Neighbours]:
-    """The nearest carried classes of each new one, by the cosine of their embeddings.
+    """Find the nearest carried classes of each new one, by the cosine of their embeddings.
 
     Shares are the softmax of the cosines. Of equal cosines the lower class index comes first.
 
@@ -85,7 +85,7 @@ def nearest_classes(
 def mixed_rows(
     tensor: torch.Tensor, layout: HeadLayout, num_classes: int, neighbours: Mapping[int, Neighbours]
 ) -> torch.Tensor:
-    """A copy of ``tensor`` in which each new class has the mixture of its neighbours' rows; all others keep their bits.
+    """Copy ``tensor``, giving each new class the mixture of its neighbours' rows; all others keep their bits.
 
     Args:
         tensor: of ``layout``, with one class axis.
@@ -111,7 +111,7 @@ def mixed_rows(
 
 @dataclass(frozen=True)
 class NearestRows:
-    """What ``NEW_ROWS: nearest`` does in one load.
+    """The changes that ``NEW_ROWS: nearest`` makes in one load.
 
     Args:
         plan: whose causes say it.
@@ -122,7 +122,7 @@ class NearestRows:
     neighbours: Mapping[str, Mapping[int, Neighbours]]
 
     def apply(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``state`` with the new rows in place; tensors are replaced, never written to."""
+        """Return ``state`` with the new rows in place; tensors are replaced, never written to."""
         out = dict(state)
         for name, near in self.neighbours.items():
             layout = self.plan.layout(name)
@@ -131,7 +131,7 @@ class NearestRows:
         return out
 
     def line(self) -> str:
-        """For the log: which class starts from which."""
+        """Say for the log which class starts from which."""
         found: dict[str, str] = {}
         for name, near in self.neighbours.items():
             names = self.plan.target[self.plan.space_of(name)].names

@@ -44,7 +44,7 @@ AGREE = 1 - 1e-4
 
 
 class TextClassifier(nn.Module):
-    """Cosine of region features with class embeddings, background last.
+    """A classifier by cosine of region features with class embeddings, background last.
 
     Attributes:
         embeddings: (K, D), as they were given: the forward normalises them. Not called ``weight``, because a
@@ -105,7 +105,7 @@ class TextClassifier(nn.Module):
                 self.background.copy_(normalize(torch.randn(width), dim=0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (R, K + 1) of region features (R, C)."""
+        """Compute logits (R, K + 1) of region features (R, C)."""
         if self.projection is not None:
             x = self.projection(x)
         x = self.temperature * normalize(x, dim=1)
@@ -117,7 +117,7 @@ class TextClassifier(nn.Module):
 
 @PREDICTOR_REGISTRY.register()
 class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
-    """:class:`HeadAdaptOutputLayers` with a :class:`TextClassifier` as ``cls_score``.
+    """A :class:`HeadAdaptOutputLayers` with a :class:`TextClassifier` as ``cls_score``.
 
     A class without a row in the checkpoint is scored by its embedding at once: only its boxes, where they are
     class-specific, are new.
@@ -238,14 +238,14 @@ class HeadAdaptTextOutputLayers(HeadAdaptOutputLayers):
 
 
 def text_predictors(model: nn.Module) -> Iterator[tuple[str, HeadAdaptTextOutputLayers]]:
-    """The text classifiers of a model, each with its name; one per stage of a cascade."""
+    """List the text classifiers of a model, each with its name; one per stage of a cascade."""
     for name, module in model.named_modules():
         if isinstance(module, HeadAdaptTextOutputLayers):
             yield name, module
 
 
 def text_facts(model: nn.Module) -> dict[str, Any] | None:
-    """What a file saved from ``model`` says of its embeddings; ``None`` where it has none."""
+    """Describe the embeddings for a file saved from ``model``; ``None`` where it has none."""
     return next((module.facts() for _, module in text_predictors(model)), None)
 
 

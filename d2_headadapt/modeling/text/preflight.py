@@ -1,4 +1,4 @@
-"""What is wrong with a file of class embeddings, found before a model is built.
+"""Check a file of class embeddings before a model is built.
 
 RegionCLIP copies its file into the classifier inside the constructor (``modeling/roi_heads/fast_rcnn.py``), so another
 width ends in "The size of tensor a (1024) must match the size of tensor b (640) at non-singleton dimension 1", another
@@ -35,13 +35,13 @@ CHOICES = {
 
 
 def reads_text(cfg: CfgNode) -> bool:
-    """Whether the box predictor that ``cfg`` names is one of text embeddings."""
+    """Tell whether the box predictor that ``cfg`` names is one of text embeddings."""
     name = with_keys(cfg).MODEL.HEAD_ADAPT.PREDICTOR
     return name in PREDICTOR_REGISTRY and bool(getattr(PREDICTOR_REGISTRY.get(name), "reads_text", False))
 
 
 def preflight(cfg: CfgNode, target: ClassTable | None = None, *, region_width: int | None = None) -> list[Finding]:
-    """Everything that is wrong with the text embeddings of a config; empty where it uses none.
+    """Find everything that is wrong with the text embeddings of a config; empty where it uses none.
 
     Args:
         cfg: a config, frozen or not.
@@ -85,7 +85,7 @@ def refuse_text(cfg: CfgNode, target: ClassTable | None = None, *, region_width:
 
 
 def bundle_of(cfg: CfgNode) -> TextBundle:
-    """The embeddings that ``MODEL.HEAD_ADAPT.TEXT`` names.
+    """Read the embeddings that ``MODEL.HEAD_ADAPT.TEXT`` names.
 
     Raises:
         HeadAdaptError: as :func:`~d2_headadapt.modeling.text.bundle.read_bundle`.
@@ -101,7 +101,7 @@ def bundle_of(cfg: CfgNode) -> TextBundle:
 
 
 def width_of_regions(cfg: CfgNode) -> int | None:
-    """C, the width of the region features of the model that ``cfg`` describes; ``None`` where it cannot be built.
+    """Compute C, the width of the region features of ``cfg``'s model; ``None`` where it cannot be built.
 
     The backbone and the ROI heads are built with a linear classifier on the meta device, so that any registered head
     answers for itself.

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a matrix of class embeddings.
+"""Find everything that can be wrong with a matrix of class embeddings.
 
 Codes, as the doctor prints them:
 
@@ -47,7 +47,7 @@ def check_bundle(
     aliases: Sequence[str] = (),
     region_width: int | None = None,
 ) -> list[Finding]:
-    """Everything that is wrong with some embeddings.
+    """Find everything that is wrong with some embeddings.
 
     Args:
         bundle: the embeddings.
@@ -68,12 +68,12 @@ def check_bundle(
 
 
 def encoders_of(width: int) -> list[str]:
-    """The encoders of :data:`WIDTHS` that write rows of a width."""
+    """List the encoders of :data:`WIDTHS` that write rows of a width."""
     return [name for name, known in WIDTHS.items() if known == width]
 
 
 def width_of(encoder: str) -> int | None:
-    """The width that an encoder writes; ``None`` for one that nobody knows here.
+    """Look up the width that an encoder writes; ``None`` for one that nobody knows here.
 
     Spelling does not matter, nor a patch size that is left out: ``vit_b_32`` and ``ViT-B`` are ``ViT-B/32``.
     """
@@ -86,7 +86,7 @@ def width_of(encoder: str) -> int | None:
 
 
 def as_text_error(error: HeadAdaptError) -> TextError:
-    """The same message as an error of the text embeddings."""
+    """Make the same message an error of the text embeddings."""
     return TextError(error.where, expected=error.expected, found=error.found, fix=error.fix)
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .loading import is_lazy as is_lazy
-from .loading import load as load
+from .loading import load_lazy_config as load_lazy_config
 from .preparing import Prepared as Prepared
 from .preparing import prepare as prepare

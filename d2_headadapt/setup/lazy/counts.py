@@ -1,4 +1,4 @@
-"""Class counts in a tree of LazyCall nodes: which there are, writing them, and proof on the model that was built."""
+"""Find, write and check class counts in a tree of LazyCall nodes."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Count:
         return ".".join(filter(None, ("model", self.path, self.key)))
 
 
-def class_counts(model: DictConfig) -> list[Count]:
-    """The counts that decide the size of a head whose layout is known.
+def find_counts(model: DictConfig) -> list[Count]:
+    """List the counts that decide the size of a head whose layout is known.
 
     A ``num_classes`` of anything else, such as a backbone that was a classifier once, is left alone: it counts only at
     a node whose class has a layout, or around one.
@@ -74,7 +74,7 @@ def _is_number(node: DictConfig, key: str) -> bool:
 
 
 def _space(path: str, found: Sequence[tuple[str, DictConfig]]) -> str:
-    """``stuff`` at and inside a semantic segmentation head; else ``thing``."""
+    """Return ``stuff`` at and inside a semantic segmentation head, else ``thing``."""
     for other, node in found:
         around = not other or path == other or path.startswith((f"{other}.", f"{other}["))
         if around and _is_any(node, SEMANTIC_HEADS):
@@ -87,7 +87,7 @@ def _is_any(node: DictConfig, names: Sequence[str]) -> bool:
 
 
 def agnostic_masks(counts: Sequence[Count]) -> list[Count]:
-    """Counts of mask heads that serve all classes: one of its own, where the heads around it have more classes."""
+    """List counts of class-agnostic mask heads: 1 of its own, where the heads around it have more classes."""
     most = {count.space: max(c.value for c in counts if c.space == count.space) for count in counts}
     return [
         count
@@ -107,7 +107,7 @@ def write_counts(model: DictConfig, target: Mapping[str, ClassTable]) -> list[st
     Returns:
         One line per count that changed, such as ``model.roi_heads.num_classes was 80, is 2, the classes of my_train``.
     """
-    counts = class_counts(model)
+    counts = find_counts(model)
     kept = {id(count.node) for count in agnostic_masks(counts)}
     lines: list[str] = []
     # Numbers first: what is interpolated follows them, unless it points out of the model.
@@ -146,6 +146,6 @@ def check_counts(model: nn.Module, target: Mapping[str, ClassTable], paths: Sequ
 
 
 def _node_of(tensor: str, paths: Sequence[str]) -> str:
-    """The innermost node on the way to a tensor: modules are named as the arguments that they were given as."""
+    """Find the innermost node on the way to a tensor: modules are named as the arguments that they were given as."""
     around = [path for path in paths if path and tensor.startswith(f"{path}.")]
     return ".".join(["model", *sorted(around, key=len)[-1:]])

@@ -1,4 +1,4 @@
-"""Reading a LazyConfig: the ``.py``, overrides, and paths relative to the file that has them."""
+"""Read a LazyConfig: the ``.py``, overrides, and paths relative to the file that has them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NODE = "head_adapt"
 
 
 @speaking(Form.LAZY)
-def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> DictConfig:
+def load_lazy_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()) -> DictConfig:
     """Read a LazyConfig with its overrides; nothing is resolved or instantiated.
 
     Args:
@@ -103,7 +103,7 @@ def in_words_of(config_file: str) -> Iterator[None]:
 
 
 def unresolved(error: OmegaConfBaseException, config_file: str) -> ConfigError:
-    """What an interpolation that leads nowhere, or a missing value, amounts to."""
+    """Make the error for an interpolation that leads nowhere, or a missing value."""
     return ConfigError(
         str(error.full_key or config_file),
         expected="a value, or an interpolation of one that exists",
@@ -113,7 +113,7 @@ def unresolved(error: OmegaConfBaseException, config_file: str) -> ConfigError:
 
 
 def is_lazy(cfg: Any) -> bool:
-    """Whether ``cfg`` is a LazyConfig with a model."""
+    """Tell whether ``cfg`` is a LazyConfig with a model."""
     if not isinstance(cfg, DictConfig) or "model" not in cfg:
         return False
     return isinstance(cfg.model, DictConfig) and "_target_" in cfg.model

@@ -1,4 +1,4 @@
-"""A LazyConfig as the yaml config that it amounts to, for everything in this package that reads keys.
+"""Mirror a LazyConfig as a yaml config, for everything in this package that reads keys.
 
 Only the keys that ``from_config`` methods, the doctor and the evaluators read are set; no model is built from it.
 """
@@ -20,7 +20,7 @@ from ...errors import ConfigError
 from ...key import DATASETS, MIRRORED, TASKS, Form, Key, speaking
 from ...modeling.predictor import PREDICTOR_REGISTRY
 from ..yaml import merge
-from .counts import class_counts
+from .counts import find_counts
 from .loading import NODE
 from .tree import calls, names_in, select, target_of
 
@@ -30,7 +30,7 @@ BESIDE: Mapping[str, Key] = {"register": DATASETS.REGISTER, "tasks": TASKS}
 
 @speaking(Form.LAZY)
 def mirror_of(lazy: DictConfig) -> CfgNode:
-    """The yaml config that ``lazy`` amounts to; not frozen, and nothing in it is resolved.
+    """Make the yaml config that ``lazy`` amounts to; not frozen, and nothing in it is resolved.
 
     The keys of ``head_adapt`` are those that :mod:`d2_headadapt.config.keys` declares, in lower case.
 
@@ -62,7 +62,7 @@ def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
         name = getattr(target_of(call), "__name__", "")
         if name in PREDICTOR_REGISTRY and target_of(call) is PREDICTOR_REGISTRY.get(name) and "bundle" not in call:
             cfg.MODEL.HEAD_ADAPT.PREDICTOR = name
-    counts = class_counts(model)
+    counts = find_counts(model)
     for space, key in NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, NUM_CLASSES_KEYS["PanopticFPN"]):
         found = [count.value for count in counts if count.space == space]
         if found and key.of(cfg) is not None:
@@ -70,7 +70,7 @@ def _mirror_model(cfg: CfgNode, model: DictConfig) -> None:
 
 
 def _has_head(heads: Any, kind: str) -> bool:
-    """Whether ROI heads have one of masks or keypoints: ``in_features`` of ``None`` switch it off."""
+    """Tell whether ROI heads have one of masks or keypoints: ``in_features`` of ``None`` switch it off."""
     if not isinstance(heads, DictConfig) or heads.get(f"{kind}_head") is None:
         return False
     return f"{kind}_in_features" not in heads or heads[f"{kind}_in_features"] is not None

@@ -1,4 +1,4 @@
-"""Settling a LazyConfig in place: datasets, classes and their counts, and what its nodes cannot say themselves."""
+"""Settle a LazyConfig in place: datasets, classes and their counts, and what its nodes cannot say themselves."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from ...errors import ConfigError
 from ...key import HEAD_ADAPT, Form, Key, speaking
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
-from ...modeling.roi_heads import KnowsItsClasses
+from ...modeling.roi_heads import HeadAdaptMixin
 from ..yaml import settle_config, settle_device
-from .counts import agnostic_masks, check_counts, class_counts, write_counts
+from .counts import agnostic_masks, check_counts, find_counts, write_counts
 from .loading import NODE, make_absolute
 from .mirror import mirror_of
 from .tree import Call, calls, follow, give, select, target_of
@@ -116,10 +116,10 @@ def _finish(model: nn.Module, settings: AdaptSettings, paths: Sequence[str]) -> 
 
 
 def _predictors(model: DictConfig) -> list[tuple[DictConfig, DictConfig, bool]]:
-    """Each box predictor of ROI heads of this package: the heads, the predictor, and whether it is the last."""
+    """Yield each box predictor of ROI heads of this package: the heads, the predictor, whether it is the last."""
     found: list[tuple[DictConfig, DictConfig, bool]] = []
     for _, heads in calls(model):
-        if not _is_kind(heads, KnowsItsClasses):
+        if not _is_kind(heads, HeadAdaptMixin):
             continue
         one, several = heads.get("box_predictor"), heads.get("box_predictors")
         nodes = list(several) if isinstance(several, ListConfig) else [one]
@@ -130,9 +130,9 @@ def _predictors(model: DictConfig) -> list[tuple[DictConfig, DictConfig, bool]]:
 
 
 def _agnostic_keys(model: DictConfig) -> frozenset[Key]:
-    """The yaml keys that would make boxes or masks class-agnostic as this tree does."""
+    """List the yaml keys that would make boxes or masks class-agnostic as this tree does."""
     boxes = any(node.get("cls_agnostic_bbox_reg", False) for _, node in calls(model))
-    masks = bool(agnostic_masks(class_counts(model)))
+    masks = bool(agnostic_masks(find_counts(model)))
     chosen = {"FastRCNNOutputLayers": boxes, "MaskRCNNConvUpsampleHead": masks}
     return frozenset(CHOICES[name] for name, is_agnostic in chosen.items() if is_agnostic)
 
@@ -157,7 +157,7 @@ def _input_shape(node: DictConfig) -> ShapeSpec:
 def _given_to_heads(
     model: DictConfig, cfg: CfgNode, settings: AdaptSettings, specs: Sequence[TaskSpec]
 ) -> list[tuple[DictConfig, Any, dict[str, Any]]]:
-    """Nodes with the class that they are to call and what it is given beside the config's own arguments.
+    """List nodes with the class that they are to call and what it is given beside the config's own arguments.
 
     As in a yaml, ROI heads of this package get the predictor of ``head_adapt.predictor`` in place of stock's.
     """
@@ -176,9 +176,9 @@ def _given_to_heads(
             if is_last and on_boxes:
                 arguments["tasks"] = on_boxes
             given.append((node, target, arguments))
-    agnostic = {id(count.node) for count in agnostic_masks(class_counts(model))}
+    agnostic = {id(count.node) for count in agnostic_masks(find_counts(model))}
     for _, node in calls(model):
-        if _is_kind(node, KnowsItsClasses):
+        if _is_kind(node, HeadAdaptMixin):
             # Once the heads around it have one class too, its number tells no longer.
             was = isinstance(node._target_, Call) and node._target_.arguments.get("cls_agnostic_mask", False)
             given.append((node, target_of(node), {"cls_agnostic_mask": was or id(node.get("mask_head")) in agnostic}))
@@ -200,7 +200,7 @@ def _predictor_class(name: str) -> Any:
 
 
 def _beyond_stock(target: Any, cfg: CfgNode, node: DictConfig, table: ClassTable | None) -> dict[str, Any]:
-    """What a predictor reads from its config beyond stock's keys: of text embeddings, the file and how to use it."""
+    """Read what a predictor takes beyond stock's keys: of text embeddings, the file and how to use it."""
     if "bundle" in node or "cfg" not in inspect.signature(target.from_config).parameters:
         return {}
     shape = _input_shape(node)
@@ -225,5 +225,5 @@ def _carry_labels(lazy: DictConfig, cfg: CfgNode, specs: Sequence[TaskSpec]) -> 
 
 
 def _labelled(*, config: CfgNode, specs: Sequence[TaskSpec], **_: Any) -> list[dict[str, Any]]:
-    """The training set as :func:`training_dicts` gives it; the node's own arguments are in the mirror."""
+    """Load the training set as :func:`training_dicts` does; the node's own arguments are in the mirror."""
     return training_dicts(config, specs)

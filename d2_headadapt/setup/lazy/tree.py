@@ -1,4 +1,4 @@
-"""Walking the LazyCall nodes of a LazyConfig, and handing their classes what a config does not hold."""
+"""Walk the LazyCall nodes of a LazyConfig, and hand their classes what a config does not hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...errors import ConfigError, HeadAdaptError
 
 
 def built(node: Any, path: str) -> Any:
-    """What a node of a LazyConfig makes.
+    """Build what a node of a LazyConfig describes.
 
     Args:
         node: a LazyCall, or a list of them.
@@ -91,7 +91,7 @@ def follow(node: DictConfig, after: Callable[[Any], None]) -> None:
 
 
 def target_of(node: Any) -> Any:
-    """The class or function that a node stands for; ``None`` where it is no LazyCall."""
+    """Return the class or function that a node stands for; ``None`` where it is no LazyCall."""
     if not isinstance(node, DictConfig) or "_target_" not in node:
         return None
     found = node._target_
@@ -112,7 +112,7 @@ def target_of(node: Any) -> Any:
 
 
 def calls(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Every LazyCall node at or below ``node`` with its dotted path, outer ones first."""
+    """Yield every LazyCall node at or below ``node`` with its dotted path, outer ones first."""
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield path, node
@@ -126,7 +126,7 @@ def calls(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 
 
 def select(node: Any, key: str, default: Any = None) -> Any:
-    """The value under a dotted key, lists as plain ones; ``default`` where there is none, or ``None``."""
+    """Look up the value under a dotted key, lists as plain ones; ``default`` where there is none, or ``None``."""
     for name in key.split("."):
         if not isinstance(node, DictConfig) or node._is_none() or name not in node:
             return default
@@ -137,7 +137,7 @@ def select(node: Any, key: str, default: Any = None) -> Any:
 
 
 def names_in(node: Any) -> tuple[str, ...]:
-    """The dataset names of a ``dataloader.train`` or ``dataloader.test``: the first ``names`` of a call below it."""
+    """List the dataset names of a ``dataloader.train`` or ``dataloader.test``: the first ``names`` of a call below."""
     for _, call in calls(node):
         found = select(call, "names")
         if isinstance(found, str) and found:
