@@ -21,8 +21,9 @@ from ..adapt.layouts import HeadLayout
 from ..adapt.plan import AdaptPlan
 from ..adapt.planner import plan_adaptation, source_key
 from ..adapt.registry import layouts_of
+from ..adapt.unknown_heads import know_heads
 from ..adapt.vocabularies import zoo_tables
-from ..config.settings import AdaptSettings
+from ..config.settings import AdaptSettings, discovery_of
 from ..errors import CheckpointFileError, NotFetchedError, PlanRefused
 from ..files import read_checkpoint, shapes_of, verify_tensors
 from ..key import HEAD_ADAPT, MODEL
@@ -198,25 +199,60 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     settings, unused = keys_for(request.settings, known, request.path, own=request.own)
     shapes = shapes_of(model.state_dict())
     settled = settle_checkpoint(checkpoint, shapes, settings)
-    layouts = layouts_of(model)
-    for space in sorted(set(settings.source) - {layout.space for layout in layouts}):
+    declared = layouts_of(model)
+    for space in sorted(set(settings.source) - {layout.space for layout in declared}):
         logger.info("%s is set, but the model has no %s head.", source_key(space), space)
     sources = {**(zoo_tables(request.path) or {}), **known.tables, **settings.source}
+    stored = shapes_of(settled.tensors)
+    targets = _targets(settings, known, declared, shapes)
+    differ = _differing(sources, targets, settings)
+    found = discovery_of(model) if differ or _unnamed(stored, shapes, declared, sources, targets, settings) else None
+    heads = know_heads(model, declared, found, stored, targets, differ)
     plan = plan_adaptation(
-        shapes_of(settled.tensors),
+        stored,
         shapes,
-        layouts,
+        heads.layouts,
         source_tables=sources,
-        target_tables=_targets(settings, known, layouts, shapes),
+        target_tables=targets,
         source_layouts=known.layouts,
         aliases=settings.aliases,
         match=settings.match,
         initialise=settings.initialise,
         dropped=settled.dropped,
         excluded=settled.excluded,
+        unknown=heads.refused,
+        complete=heads.complete,
+        unknown_heads=settings.unknown_heads,
+        found=heads.said,
     )
     assumed = tuple(s for s in known.assumed if s not in settings.source and s in plan.maps)
     return PlannedLoad(replace(plan, assumed=assumed), settled.tensors, known, settings, unused)
+
+
+def _differing(
+    sources: Mapping[str, ClassTable], targets: Mapping[str, ClassTable], settings: AdaptSettings
+) -> dict[str, tuple[int, int]]:
+    """Label spaces whose classes are known on both sides and are not the same list, with both counts."""
+    return {
+        space: (len(sources[space]), len(table))
+        for space, table in targets.items()
+        if space in sources and space not in settings.initialise and sources[space].names != table.names
+    }
+
+
+def _unnamed(
+    stored: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    layouts: Sequence[HeadLayout],
+    sources: Mapping[str, ClassTable],
+    targets: Mapping[str, ClassTable],
+    settings: AdaptSettings,
+) -> bool:
+    """Whether a head that nobody declared may come from a file whose classes nobody named."""
+    declared = {layout.space for layout in layouts}
+    open_spaces = targets.keys() - sources.keys() - declared - settings.initialise
+    sizes = {len(targets[space]) + extra for space in open_spaces for extra in (0, 1)}
+    return any(name in stored and sizes.intersection(shape[:2]) for name, shape in shapes.items())
 
 
 def settle_checkpoint(
@@ -301,6 +337,15 @@ def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
             expected="tensors that the model has",
             found=f"none that fits ({parts})",
             fix="Use a checkpoint of this architecture, or the config of this checkpoint.",
+        )
+    for space in plan.lost:
+        common = [name for name in plan.target[space].names if name in set(plan.source[space].names)]
+        raise PlanRefused(
+            origin,
+            expected=f"rows of the {len(common)} {space} classes that file and model have in common",
+            found=f"no head that takes one: {next(t for t in plan.tensors if t.space == space and t.new).reason}",
+            fix=f"Build the heads as the file's were built, or set {source_key(space).set('none')} to start them "
+            "afresh. Nothing was loaded.",
         )
     if plan.coverage < min_coverage:
         raise PlanRefused(

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import weakref
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -25,7 +26,7 @@ from ..adapt.classes import shorten
 from ..adapt.report import plan_markdown
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.keys import freeze
-from ..config.settings import AdaptSettings, attach_settings, with_keys
+from ..config.settings import AdaptSettings, attach_discovery, attach_settings, with_keys
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
@@ -34,6 +35,7 @@ from ..evaluation.build import build_evaluator as build_evaluator
 from ..fit.hook import FitHook
 from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER, YAML
 from ..setup.build import building
+from ..setup.count_keys import discover_yaml
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
 from .launch import command as command
@@ -87,6 +89,7 @@ class Trainer(DefaultTrainer):
         with building():
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg, required=True))
+        attach_discovery(model, partial(discover_yaml, cfg))
         frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)
         if frozen:
             logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))

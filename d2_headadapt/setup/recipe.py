@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..adapt.classes import ClassTable
-from ..config.settings import AdaptSettings, apply_num_classes, attach_settings
+from ..config.settings import AdaptSettings, apply_num_classes, attach_discovery, attach_settings
 from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..errors import ConfigError, UsageError
 from ..key import DATASETS, INPUT, YAML, Form, form_of
 from .build import build_on_meta, building
+from .count_keys import discover_yaml
 from .lazy.loading import load
 from .lazy.mirror import mirror_of
 from .lazy.preparing import prepare
@@ -56,11 +58,14 @@ class Recipe:
         with building():
             model: nn.Module = build_model(self.config)
         attach_settings(model, self.settings)
+        attach_discovery(model, partial(discover_yaml, self.config))
         return model
 
     def build_on_meta(self) -> nn.Module:
         """Its names and shapes; on the CPU where a module does not build on the meta device."""
-        return build_on_meta(self.config)
+        model = build_on_meta(self.config)
+        attach_discovery(model, partial(discover_yaml, self.config))
+        return model
 
     def build_small(self) -> nn.Module:
         """The model on the CPU with few detections and no threshold, for a forward pass; no random stream moves."""

@@ -43,6 +43,16 @@ RENDERED = [
     (Why(Cause.EXCLUDED, key="MODEL.HEAD_ADAPT.EXCLUDE"), "MODEL.HEAD_ADAPT.EXCLUDE names it"),
     (Why(Cause.NOT_INCLUDED, key="MODEL.HEAD_ADAPT.INCLUDE"), "MODEL.HEAD_ADAPT.INCLUDE does not name it"),
     (Why(Cause.FORCED_NONE, key=SOURCE), f"{SOURCE} is 'none'"),
+    (Why(Cause.UNKNOWN_AFRESH, key=SOURCE), f"{SOURCE} lets it start afresh"),
+    (
+        Why(Cause.UNKNOWN_KEPT, key=SOURCE),
+        f"unverified: its rows stay where they lie, though the classes differ, as {SOURCE} says",
+    ),
+    (
+        Why(Cause.UNKNOWN_HEAD, text="two meanings", **SHAPES),
+        "its size follows the classes: (4, 8) in the file, (3, 8) in the model; the lists differ and no layout moves its "
+        "rows (two meanings)",
+    ),
     (Why(Cause.NOT_IN_FILE), "not in the file"),
     (Why(Cause.PART_MISSING), "missing from the file, which has other tensors of this head"),
     (Why(Cause.NO_CLASS_IN_FILE), "no class of the model is in the file"),

@@ -12,9 +12,10 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
+from ...config.settings import AdaptSettings, apply_num_classes, attach_discovery, attach_settings
 from ...data.datasets import register_datasets
 from ...data.task_datasets import settle_tasks
+from ...setup.count_keys import discover_yaml
 from ...setup.task_checks import TWINS, check_tasks
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Architecture:
             kwargs["cfg"] = own
         model: nn.Module = self.stock(*args, **kwargs)
         attach_settings(model, settings)
+        attach_discovery(model, functools.partial(discover_yaml, own))
         return model
 
     def __getattr__(self, name: str) -> Any:
