@@ -50,7 +50,7 @@ class Cause(str, Enum):
     REBUILT = "rebuilt"
     """Computed from the dataset by the model's constructor."""
     GIVEN_BY_TEXT = "given_by_text"
-    """The text file's embeddings stay, as TEXT.PRECEDENCE says."""
+    """The embeddings that the config names stay; of ours, where TEXT.PRECEDENCE says so."""
     NO_CLASS_BUT_TEXT = "no_class_but_text"
     """No class is in the file, and all have embeddings."""
 
@@ -195,7 +195,7 @@ SENTENCES: Mapping[Cause, str] = {
     Cause.SHAPES_AGREE: "shapes agree, but the classes are unknown; {key} verifies it",
     Cause.MAYBE_CLASSES: "{count} rows may be classes, and no layout says so; see register_head_layout",
     Cause.REBUILT: "rebuilt from the dataset, never taken from a file",
-    Cause.GIVEN_BY_TEXT: "the text file's embeddings stay (TEXT.PRECEDENCE)",
+    Cause.GIVEN_BY_TEXT: "the embeddings that the config names stay",
     Cause.NO_CLASS_BUT_TEXT: "no class is in the file; all keep their embeddings",
     Cause.EXCLUDED: "{key} names it",
     Cause.NOT_INCLUDED: "{key} does not name it",

@@ -271,7 +271,7 @@ def plan_adaptation(
     initialise: Collection[str] = (),
     dropped: Mapping[str, Why] | None = None,
     excluded: Mapping[str, Why] | None = None,
-    unknown: Iterable[Refusal] = (),
+    unknown: Sequence[Refusal] = (),
     complete: bool = False,
     unknown_heads: str = "refuse",
     found: Sequence[str] = (),
@@ -319,7 +319,7 @@ def plan_adaptation(
     targets = dict(target_tables or {})
     sources = {s: t for s, t in (source_tables or {}).items() if s not in initialise}
     out = dict(excluded or {})
-    used_spaces = {layout.space for layout in layouts}
+    used_spaces = {layout.space for layout in layouts} | {refusal.sized.space for refusal in unknown}
     if match == "position":
         _name_by_position(layouts, source_shapes, targets, sources, initialise)
     maps = match_tables(

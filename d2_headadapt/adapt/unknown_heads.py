@@ -20,6 +20,7 @@ from .discovery import (
     AxisSize,
     Cause,
     ClassSized,
+    Disagreement,
     Discovery,
     Refusal,
     Shape,
@@ -51,12 +52,14 @@ class KnownHeads:
         refused: tensors that are class-sized, as builds or shapes say, and that no layout moves.
         said: what was found by building, in lines for people.
         complete: the builds would have shown every class-sized tensor.
+        wrong: declared layouts that contradict what was found.
     """
 
     layouts: tuple[HeadLayout, ...]
     refused: tuple[Refusal, ...] = ()
     said: tuple[str, ...] = ()
     complete: bool = False
+    wrong: tuple[Disagreement, ...] = ()
 
 
 def know_heads(
@@ -76,9 +79,6 @@ def know_heads(
         source_shapes: the file's tensors under the model's names.
         targets: the model's class tables by label space.
         differ: label spaces whose classes are known on both sides and differ.
-
-    Raises:
-        LayoutError: a declared layout contradicts what was found.
     """
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if torch.is_tensor(value)}
     if found is not None and not _is_of(found, shapes):
@@ -89,8 +89,7 @@ def know_heads(
         return KnownHeads(tuple(declared), _by_shape(model, source_shapes, shapes, claimed, differ), said)
     layouts = settle_layouts(declared, found)
     spaces = {family.space for family in found.families}
-    for wrong in check_declared(found, [layout for layout in layouts if layout.space in spaces]):
-        raise wrong.error()
+    wrong = check_declared(found, [layout for layout in layouts if layout.space in spaces])
     own = {layout.tensor for layout in declared}
     renamed = _spaces_of(found, layouts, own, targets)
     layouts = tuple(
@@ -123,6 +122,7 @@ def know_heads(
         tuple(refused),
         tuple(found.describe()),
         found.complete,
+        wrong,
     )
 
 

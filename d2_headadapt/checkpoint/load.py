@@ -208,6 +208,8 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     differ = _differing(sources, targets, settings)
     found = discovery_of(model) if differ or _unnamed(stored, shapes, declared, sources, targets, settings) else None
     heads = know_heads(model, declared, found, stored, targets, differ)
+    for contradiction in heads.wrong:
+        raise contradiction.error()
     plan = plan_adaptation(
         stored,
         shapes,

@@ -38,7 +38,7 @@ RENDERED = [
         "unverified: 3 rows may be classes, and no layout says so; see register_head_layout",
     ),
     (Why(Cause.REBUILT), "rebuilt from the dataset, never taken from a file"),
-    (Why(Cause.GIVEN_BY_TEXT), "the text file's embeddings stay (TEXT.PRECEDENCE)"),
+    (Why(Cause.GIVEN_BY_TEXT), "the embeddings that the config names stay"),
     (Why(Cause.NO_CLASS_BUT_TEXT), "no class is in the file; all keep their embeddings"),
     (Why(Cause.EXCLUDED, key="MODEL.HEAD_ADAPT.EXCLUDE"), "MODEL.HEAD_ADAPT.EXCLUDE names it"),
     (Why(Cause.NOT_INCLUDED, key="MODEL.HEAD_ADAPT.INCLUDE"), "MODEL.HEAD_ADAPT.INCLUDE does not name it"),
@@ -50,8 +50,8 @@ RENDERED = [
     ),
     (
         Why(Cause.UNKNOWN_HEAD, text="two meanings", **SHAPES),
-        "its size follows the classes: (4, 8) in the file, (3, 8) in the model; the lists differ and no layout moves its "
-        "rows (two meanings)",
+        "its size follows the classes: (4, 8) in the file, (3, 8) in the model; the lists differ and no layout moves "
+        "its rows (two meanings)",
     ),
     (Why(Cause.NOT_IN_FILE), "not in the file"),
     (Why(Cause.PART_MISSING), "missing from the file, which has other tensors of this head"),
