@@ -17,12 +17,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..adapt.classes import ClassTable
-from ..config.settings import AdaptSettings, apply_num_classes, attach_discovery, attach_settings
+from ..config.settings import AdaptSettings, attach_discovery, attach_settings
 from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..errors import ConfigError, UsageError
 from ..key import DATASETS, INPUT, YAML, Form, form_of
 from .build import build_on_meta, building
+from .class_counts import settle_counts
 from .count_keys import discover_yaml
 from .lazy.loading import load
 from .lazy.mirror import mirror_of
@@ -107,7 +108,7 @@ class Recipe:
         target = {**tables, **self.settings.target}
         cfg = self.config.clone()
         cfg.defrost()
-        apply_num_classes(cfg, target)
+        settle_counts(cfg, target)
         cfg.freeze()
         return replace(self, config=cfg, settings=replace(self.settings, target=target))
 

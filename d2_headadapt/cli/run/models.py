@@ -12,10 +12,12 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...config.settings import AdaptSettings, apply_num_classes, attach_discovery, attach_settings
+from ...config.settings import AdaptSettings, attach_discovery, attach_settings
 from ...data.datasets import register_datasets
 from ...data.task_datasets import settle_tasks
+from ...setup.class_counts import settle_counts
 from ...setup.count_keys import discover_yaml
+from ...setup.shape_builds import observing
 from ...setup.task_checks import TWINS, check_tasks
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class Architecture:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cfg = args[0] if args else kwargs.get("cfg")
-        if not isinstance(cfg, CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
+        # A build for its shapes alone has the counts that it shall have.
+        if observing() or not isinstance(cfg, CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
             return self.stock(*args, **kwargs)
         own, settings = _own_config(cfg)
         if args:
@@ -78,7 +81,7 @@ def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
         check_tasks(own)
         settle_tasks(own)
     settings = AdaptSettings.from_config(own)
-    lines = apply_num_classes(own, settings.target)
+    lines = settle_counts(own, settings.target)
     for line in lines:
         logger.info(line)
     if not lines and not own.MODEL.TASKS:
