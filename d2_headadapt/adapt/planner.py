@@ -337,10 +337,15 @@ def plan_adaptation(
         group = HeadGroup(members, source_shapes, target_shapes, sources, targets, maps, file_layouts, initialise, out)
         planned.update({t.name: t for t in group.plan()})
     for refusal in unknown:
-        name, differ = refusal.sized.tensor, maps.get(refusal.sized.space)
-        # Where every class keeps its row, the whole tensor is right whatever its layout.
-        if name not in planned and name in source_shapes and name not in out and differ and not differ.is_identity:
-            planned[name] = _unknown_head(refusal, source_shapes[name], target_shapes[name], differ, unknown_heads)
+        name, space = refusal.sized.tensor, refusal.sized.space
+        if name in planned or name in out or name not in source_shapes:
+            continue
+        shapes = source_shapes[name], target_shapes[name]
+        if space in initialise:
+            planned[name] = _afresh(refusal, *shapes, Why(Cause.FORCED_NONE, key=source_key(space).yaml), targets)
+        elif space in maps and not maps[space].is_identity:
+            # Where every class keeps its row, the whole tensor is right whatever its layout.
+            planned[name] = _unknown_head(refusal, *shapes, unknown_heads, targets)
     counts = set() if complete else _counts_of(maps)
     tensors = [
         planned[name] if name in planned else _without_layout(name, source_shapes.get(name), shape, counts, out)
@@ -435,7 +440,7 @@ def _name_by_position(
 
 
 def _unknown_head(
-    refusal: Refusal, in_file: Shape, in_model: Shape, classes: ClassMap, unknown_heads: str
+    refusal: Refusal, in_file: Shape, in_model: Shape, unknown_heads: str, targets: Mapping[str, ClassTable]
 ) -> TensorPlan:
     """What happens to a class-sized tensor that no layout moves, where the classes differ."""
     sized, key = refusal.sized, HEAD_ADAPT.UNKNOWN_HEADS.yaml
@@ -446,17 +451,16 @@ def _unknown_head(
     if unknown_heads == "keep" and in_file == in_model:
         why = Why(Cause.UNKNOWN_KEPT, key=key)
         return TensorPlan(sized.tensor, "copied", sized.space, None, in_file, in_model, verified=False, why=why)
-    return TensorPlan(
-        sized.tensor,
-        "initialised",
-        sized.space,
-        sized.tensor,  # A group of its own.
-        in_file,
-        in_model,
-        new=tuple(range(len(classes.target))),
-        dropped=tuple(range(len(classes.source))),
-        why=Why(Cause.UNKNOWN_AFRESH, key=key),
-    )
+    return _afresh(refusal, in_file, in_model, Why(Cause.UNKNOWN_AFRESH, key=key), targets)
+
+
+def _afresh(
+    refusal: Refusal, in_file: Shape, in_model: Shape, why: Why, targets: Mapping[str, ClassTable]
+) -> TensorPlan:
+    """A tensor without a layout that takes nothing from the file; it is a head group of its own."""
+    name, space = refusal.sized.tensor, refusal.sized.space
+    new = tuple(range(len(targets[space]))) if space in targets else ()
+    return TensorPlan(name, "initialised", space, name, in_file, in_model, new=new, why=why)
 
 
 def _counts_of(maps: Mapping[str, ClassMap]) -> set[int]:

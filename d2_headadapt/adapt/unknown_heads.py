@@ -220,8 +220,9 @@ def _axes(stored: Shape, shape: Shape, counts: tuple[int, int], hidden: Collecti
             slope, rest = divmod(size, after)
             follows = slope >= 1 and (rest in (0, 1) or rest == slope)
             image = axis == 1 and len(shape) == 4 and size in (1, 3)
-            # A multiple of few classes is nearly every width, so a width that the network itself uses is none of them.
-            if follows and size not in hidden and axis < 2 and not image:
+            # A multiple of few classes is nearly every width, so one that the network uses inside is none of them.
+            known = size not in hidden or (axis == 0 and slope == 1)
+            if follows and known and axis < 2 and not image:
                 yield AxisSize(axis, slope, rest)
 
 

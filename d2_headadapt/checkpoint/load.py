@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -205,7 +205,7 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     sources = {**(zoo_tables(request.path) or {}), **known.tables, **settings.source}
     stored = shapes_of(settled.tensors)
     targets = _targets(settings, known, declared, shapes)
-    differ = _differing(sources, targets, settings)
+    differ = _differing(sources, targets, settings, {layout.space for layout in declared})
     found = discovery_of(model) if differ or _unnamed(stored, shapes, declared, sources, targets, settings) else None
     heads = know_heads(model, declared, found, stored, targets, differ)
     for contradiction in heads.wrong:
@@ -232,14 +232,23 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
 
 
 def _differing(
-    sources: Mapping[str, ClassTable], targets: Mapping[str, ClassTable], settings: AdaptSettings
+    sources: Mapping[str, ClassTable],
+    targets: Mapping[str, ClassTable],
+    settings: AdaptSettings,
+    declared: Collection[str],
 ) -> dict[str, tuple[int, int]]:
-    """Label spaces whose classes are known on both sides and are not the same list, with both counts."""
-    return {
-        space: (len(sources[space]), len(table))
-        for space, table in targets.items()
-        if space in sources and space not in settings.initialise and sources[space].names != table.names
-    }
+    """Label spaces whose lists differ, or of which nothing is to be taken from a head that nobody declared.
+
+    With the numbers of classes in the file and in the model; of what is not to be taken only equal ones matter.
+    """
+    differ = {}
+    for space, table in targets.items():
+        if space in settings.initialise:
+            if space not in declared:
+                differ[space] = (len(table), len(table))
+        elif space in sources and sources[space].names != table.names:
+            differ[space] = (len(sources[space]), len(table))
+    return differ
 
 
 def _unnamed(

@@ -1,4 +1,4 @@
-"""Write class counts under the keys that a yaml's architecture reads: known ones from a table, others found by building.
+"""Write class counts under the keys that a yaml's architecture reads: known from a table, others found by building.
 
 FCOS, YOLOF, CenterNet or MaskFormer read a key of their own; ``MODEL.ROI_HEADS.NUM_CLASSES`` beside it sizes nothing.
 """

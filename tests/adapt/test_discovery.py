@@ -115,6 +115,18 @@ FOUND: dict[str, tuple[heads.Make, dict[str, tuple[object, ...]]]] = {
             }.items()
         },
     ),
+    "Detic's second classifier": (
+        lambda k: heads.detic(k, prop_score=True),
+        {
+            name: kind
+            for i in range(3)
+            for name, kind in {
+                f"roi_heads.box_predictor.{i}.freq_weight": REBUILT,
+                f"roi_heads.box_predictor.{i}.cls_score.zs_weight": last(Evidence.FRAMEWORK_CLASS, axis=1),
+                **weight_and_bias(f"roi_heads.box_predictor.{i}.prop_score.2", *last(Evidence.KNOWN_HEAD)),
+            }.items()
+        },
+    ),
     "few-shot cosine": (
         heads.cosine,
         {
@@ -186,14 +198,6 @@ REFUSED: dict[str, tuple[heads.Make, dict[str, tuple[Cause, int]]]] = {
         },
     ),
     "features and classes": (heads.features_and_classes, {"second.weight": (Cause.FEATURES_OR_CLASSES_FIRST, 2)}),
-    "Detic's second classifier": (
-        lambda k: heads.detic(k, prop_score=True),
-        {
-            f"roi_heads.box_predictor.{i}.prop_score.2.{leaf}": (Cause.TWO_MEANINGS, 2)
-            for i in range(3)
-            for leaf in ("weight", "bias")
-        },
-    ),
     "a buffer that nobody knows": (
         lambda k: _with_buffer(torch.zeros(k, 4)),
         {"prototypes": (Cause.CARRIED_OR_REBUILT, 1)},
