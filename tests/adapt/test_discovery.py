@@ -247,12 +247,16 @@ def test_a_line_that_a_refusal_gives_declares_that_meaning(place: int) -> None:
 
 
 def test_a_pattern_stands_for_like_tensors_only() -> None:
-    found = look(REFUSED["Detic's second classifier"][0])
+    def make(k: int) -> nn.Module:
+        stages = [heads.tree(scores=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, k + 1))) for _ in range(3)]
+        return heads.tree(stages=nn.ModuleList(stages))
+
+    found = look(make)
     assert {x.pattern for x in found.refused} == {
-        "roi_heads.box_predictor.*.prop_score.*.weight",
-        "roi_heads.box_predictor.*.prop_score.*.bias",
+        "stages.*.scores.*.weight",
+        "stages.*.scores.*.bias",
     } or all("*" not in x.pattern for x in found.refused)
-    names = heads.detic(7, prop_score=True).state_dict()
+    names = make(7).state_dict()
     from fnmatch import fnmatchcase
 
     refused = {x.sized.tensor for x in found.refused}
