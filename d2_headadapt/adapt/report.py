@@ -207,7 +207,7 @@ def _grouped(tensors: Iterable[TensorPlan]) -> dict[tuple[str, Why], list[Tensor
 def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
     """What to type about a tensor, and what to put into it."""
     if t.cause is Cause.UNKNOWN_HEAD:
-        more = f"or {HEAD_ADAPT.UNKNOWN_HEADS.set('reinitialise')}"
+        more = f"or {HEAD_ADAPT.UNKNOWN_HEADS.set('reinitialise')!s}"
         where = "in a module that --import names"
         if t.why.names:
             return t.why.names[0], ", ".join([where, *(f"or {line}" for line in t.why.names[1:]), more])

@@ -84,7 +84,7 @@ def know_heads(
     if found is not None and not _is_of(found, shapes):
         found = None  # The model was changed after it was built.
     if found is None or not found.families:
-        said = () if found is None else tuple(found.describe())
+        said = () if found is None else _said(found)
         claimed = {layout.tensor for layout in declared}
         return KnownHeads(tuple(declared), _by_shape(model, source_shapes, shapes, claimed, differ), said)
     layouts = settle_layouts(declared, found)
@@ -120,10 +120,15 @@ def know_heads(
     return KnownHeads(
         tuple(layout for layout in layouts if layout.tensor not in other),
         tuple(refused),
-        tuple(found.describe()),
+        _said(found),
         found.complete,
         wrong,
     )
+
+
+def _said(found: Discovery) -> tuple[str, ...]:
+    """Lines on what was found; the many keys of detectron2 that another architecture reads are passed over."""
+    return tuple(replace(found, idle=() if found.families else found.idle).describe())
 
 
 def _is_of(found: Discovery, shapes: Mapping[str, Shape]) -> bool:
