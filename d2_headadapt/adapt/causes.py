@@ -44,17 +44,22 @@ class Cause(str, Enum):
     MAYBE_CLASSES = "maybe_classes"
     """Unverified: as many rows as there are classes, and no layout says what they are."""
 
+    UNKNOWN_KEPT = "unknown_kept"
+    """Unverified: class-sized, no layout moves it, and the user keeps the rows where they lie."""
+
     # The model's values stay because they are meant to.
     REBUILT = "rebuilt"
     """Computed from the dataset by the model's constructor."""
     GIVEN_BY_TEXT = "given_by_text"
-    """The text file's embeddings stay, as TEXT.PRECEDENCE says."""
+    """The embeddings that the config names stay; of ours, where TEXT.PRECEDENCE says so."""
     NO_CLASS_BUT_TEXT = "no_class_but_text"
     """No class is in the file, and all have embeddings."""
 
     # The user left it out.
     EXCLUDED = "excluded"
     NOT_INCLUDED = "not_included"
+    UNKNOWN_AFRESH = "unknown_afresh"
+    """Class-sized, no layout moves it, and the user lets it start afresh."""
     FORCED_NONE = "forced_none"
     """The source classes of its label space are 'none'."""
 
@@ -80,6 +85,8 @@ class Cause(str, Enum):
     """The model was not built for its class table."""
     TABLE_MISFIT = "table_misfit"
     """The source table has another length than the file's rows."""
+    UNKNOWN_HEAD = "unknown_head"
+    """Its size follows the class count, the classes differ, and no layout moves it."""
     GROUP_REFUSED = "group_refused"
     """Another tensor of its head group is refused."""
 
@@ -99,7 +106,7 @@ class Cause(str, Enum):
     @property
     def by_user(self) -> bool:
         """Whether a config key asks to leave the tensor out."""
-        return self in (Cause.EXCLUDED, Cause.NOT_INCLUDED, Cause.FORCED_NONE)
+        return self in (Cause.EXCLUDED, Cause.NOT_INCLUDED, Cause.FORCED_NONE, Cause.UNKNOWN_AFRESH)
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,8 @@ class Why:
         table: where the class table comes from.
         length: classes of that table, or new classes of the tensor.
         count: classes that a shape holds, places, or rows.
-        names: one class, or places in the model.
-        text: of a plan that states no cause.
+        names: one class, places in the model, or lines that declare a layout.
+        text: of a plan that states no cause, or what is known of a head that nobody declared.
 
     Example:
         >>> from d2_headadapt import Cause, TensorPlan, Why
@@ -172,7 +179,7 @@ class Why:
         return cls(**{**known, "cause": Cause(cause)})
 
 
-UNVERIFIED = (Cause.SHAPES_AGREE, Cause.MAYBE_CLASSES)
+UNVERIFIED = (Cause.SHAPES_AGREE, Cause.MAYBE_CLASSES, Cause.UNKNOWN_KEPT)
 """Causes by which a tensor is copied although nobody knows that it is right."""
 
 _SHAPES = "{source_shape} in the file, {target_shape} in the model"
@@ -187,10 +194,12 @@ SENTENCES: Mapping[Cause, str] = {
     Cause.SHAPES_AGREE: "shapes agree, but the classes are unknown; {key} verifies it",
     Cause.MAYBE_CLASSES: "{count} rows may be classes, and no layout says so; see register_head_layout",
     Cause.REBUILT: "rebuilt from the dataset, never taken from a file",
-    Cause.GIVEN_BY_TEXT: "the text file's embeddings stay (TEXT.PRECEDENCE)",
+    Cause.GIVEN_BY_TEXT: "the embeddings that the config names stay",
     Cause.NO_CLASS_BUT_TEXT: "no class is in the file; all keep their embeddings",
     Cause.EXCLUDED: "{key} names it",
     Cause.NOT_INCLUDED: "{key} does not name it",
+    Cause.UNKNOWN_AFRESH: "{key} lets it start afresh",
+    Cause.UNKNOWN_KEPT: "its rows stay where they lie, though the classes differ, as {key} says",
     Cause.FORCED_NONE: "{key} is 'none'",
     Cause.NOT_IN_FILE: "not in the file",
     Cause.PART_MISSING: "missing from the file, which has other tensors of this head",
@@ -206,6 +215,8 @@ SENTENCES: Mapping[Cause, str] = {
     "set NUM_CLASSES to the table's length",
     Cause.TABLE_MISFIT: "{source_shape} in the file holds {holds} ({target_kind}), but {table} names {length}: "
     "correct {key}",
+    Cause.UNKNOWN_HEAD: "its size follows the classes: {source_shape} in the file, {target_shape} in the model; "
+    "the lists differ and no layout moves its rows ({text})",
     Cause.GROUP_REFUSED: "its head group is refused at {blame}",
     Cause.NOT_IN_MODEL: "the model has no tensor of this name",
     Cause.SEVERAL_PLACES: "fits {count} places in the model: {names}",

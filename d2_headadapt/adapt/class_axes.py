@@ -197,6 +197,13 @@ KNOWN_HEADS = (
         ("CosineSimOutputLayers", "FastRCNNOutputLayers"),
         "few-shot-object-detection: background is the last class",
     ),
+    KnownHead(
+        "prop_score",
+        ("linear",),
+        ("freq_weight", "cls_score"),
+        ("DeticFastRCNNOutputLayers",),
+        "Detic: background is the last class",
+    ),
     KnownHead("zs_weight", ("other",), (), ("ZeroShotClassifier",), "Detic: background is the last column", given=True),
 )
 """Heads whose one extra row is last. An entry needs more than a name: the layer, its neighbours or its class."""

@@ -57,6 +57,8 @@ class RefusalCause(str, Enum):
     TWO_COUNTS = "two_counts"
     ONE_TENSOR_PER_CLASS = "one_tensor_per_class"
     NO_LAYOUT_SAYS_IT = "no_layout_says_it"
+    OTHER_COUNT = "other_count"
+    SHAPES_ONLY = "shapes_only"
 
 
 _CAUSES = {
@@ -68,6 +70,8 @@ _CAUSES = {
     RefusalCause.TWO_COUNTS: "two class counts decide the size",
     RefusalCause.ONE_TENSOR_PER_CLASS: "there is one such tensor per class",
     RefusalCause.NO_LAYOUT_SAYS_IT: "the axes differ in their extra rows, which no layout can say",
+    RefusalCause.OTHER_COUNT: "it follows a count that is not the class table's",
+    RefusalCause.SHAPES_ONLY: "its sizes are those of the class counts, and the model cannot be built with others",
 }
 
 

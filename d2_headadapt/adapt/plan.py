@@ -113,6 +113,7 @@ class AdaptPlan:
         maps: by label space, which class takes which: one of them for all tensors of the space that take anything. A
             space has none where its classes were not matched.
         assumed: label spaces whose source table nobody verified, see :attr:`Provenance.assumed`.
+        found: what building the model at several class counts showed, in lines for people.
 
     Example:
         >>> import torch
@@ -138,6 +139,7 @@ class AdaptPlan:
     layouts: tuple[HeadLayout, ...] = ()
     maps: Mapping[str, ClassMap] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+    found: tuple[str, ...] = ()
 
     @cached_property
     def _tensors(self) -> Mapping[str, TensorPlan]:
@@ -174,6 +176,26 @@ class AdaptPlan:
     def loads_nothing(self) -> bool:
         """Whether no tensor of the model takes anything from the file."""
         return not self.by_action("copied", "carried")
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Label spaces whose lists differ and have names in common, of which no tensor of the file takes a row.
+
+        What the user leaves out is not lost, nor is what the constructor knows, or what is not in the file.
+        """
+        spaces = {t.space for t in self.tensors if t.space is not None}
+        found = []
+        for space in sorted(spaces & self.source.keys() & self.target.keys()):
+            mine = [t for t in self.tensors if t.space == space and t.source_shape and not t.cause.by_user]
+            sized = [t for t in mine if not t.cause.meant and (t.new or t.carried or self._has_classes(t))]
+            common = set(self.source[space].names) & set(self.target[space].names)
+            if common and sized and all(t.action == "initialised" for t in sized):
+                found.append(space)
+        return tuple(found)
+
+    def _has_classes(self, t: TensorPlan) -> bool:
+        layout = self.layout(t.name)
+        return layout is not None and not layout.agnostic
 
     def class_map(self, space: str) -> ClassMap | None:
         """Look up the map of one label space; ``None`` where its classes were not matched."""
@@ -257,6 +279,7 @@ class AdaptPlan:
             "layouts": [layout.to_json() for layout in self.layouts],
             "maps": {space: list(found.rows) for space, found in self.maps.items()},
             "assumed": list(self.assumed),
+            "found": list(self.found),
             "origins": {
                 side: {space: table.origin for space, table in tables.items()}
                 for side, tables in (("source", self.source), ("target", self.target))
@@ -294,6 +317,7 @@ class AdaptPlan:
                     tuple(HeadLayout.from_json(x) for x in loaded.get("layouts", ())),
                     {space: _checked_map(source[space], target[space], tuple(of)) for space, of in rows.items()},
                     tuple(map(str, loaded.get("assumed", ()))),
+                    tuple(map(str, loaded.get("found", ()))),
                 )
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as exc:
             raise PlanRefused(
@@ -338,7 +362,11 @@ class AdaptPlan:
             PlanRefused: names the first one.
         """
         for t in self.refused:
-            raise PlanRefused(t.name, expected="one meaning", found=t.reason, fix="Nothing was loaded.")
+            fix = "Nothing was loaded."
+            if t.cause is Cause.UNKNOWN_HEAD:
+                line = f"Declare it: {' or '.join(t.why.names)}; or set " if t.why.names else "Set "
+                fix = f"{line}{HEAD_ADAPT.UNKNOWN_HEADS.set('reinitialise')}. {fix}"
+            raise PlanRefused(t.name, expected="one meaning", found=t.reason, fix=fix)
 
 
 def _checked_map(source: ClassTable, target: ClassTable, rows: tuple[int | None, ...]) -> ClassMap:

@@ -12,6 +12,7 @@ from ..errors import ClassTableError
 from ..key import HEAD_ADAPT, TASKS, Key
 from .causes import Cause, Shape, Why
 from .classes import KEY_SUFFIXES, ClassMap, ClassTable
+from .discovery import Refusal
 from .layouts import HeadLayout
 from .matching import match_classes, parse_aliases
 from .plan import AdaptPlan, TensorPlan, carried_or_copied
@@ -290,6 +291,10 @@ def plan_adaptation(
     initialise: Collection[str] = (),
     dropped: Mapping[str, Why] | None = None,
     excluded: Mapping[str, Why] | None = None,
+    unknown: Sequence[Refusal] = (),
+    complete: bool = False,
+    unknown_heads: str = "refuse",
+    found: Sequence[str] = (),
 ) -> AdaptPlan:
     """Decide what happens to every tensor of a file and of a model.
 
@@ -304,6 +309,12 @@ def plan_adaptation(
         initialise: label spaces whose head groups keep the model's initial values whatever the file holds.
         dropped: names of the file that find no place, with the cause.
         excluded: tensors that the user leaves out, with the cause; the rest of their head group is still taken.
+        unknown: class-sized tensors that no layout moves, from
+            :func:`d2_headadapt.adapt.unknown_heads.know_heads`.
+        complete: no other tensor without a layout has classes; else one with as many rows as classes is marked as
+            unverified.
+        unknown_heads: ``"refuse"``, ``"reinitialise"`` or ``"keep"`` them, where their classes differ.
+        found: lines on what building the model showed, for the reader.
 
     Returns:
         AdaptPlan: nothing is loaded yet.
@@ -328,7 +339,7 @@ def plan_adaptation(
     targets = dict(target_tables or {})
     sources = {s: t for s, t in (source_tables or {}).items() if s not in initialise}
     out = dict(excluded or {})
-    used_spaces = {layout.space for layout in layouts}
+    used_spaces = {layout.space for layout in layouts} | {refusal.sized.space for refusal in unknown}
     if match == "position":
         _name_by_position(layouts, source_shapes, targets, sources, initialise)
     maps = match_tables(
@@ -347,8 +358,19 @@ def plan_adaptation(
         group = HeadGroup(members, source_shapes, target_shapes, sources, targets, maps, file_layouts, initialise, out)
         planned.update({t.name: t for t in group.plan()})
         read.update({m.tensor: group.reading(m) for m in members})
+    for refusal in unknown:
+        name, space = refusal.sized.tensor, refusal.sized.space
+        if name in planned or name in out or name not in source_shapes:
+            continue
+        shapes = source_shapes[name], target_shapes[name]
+        if space in initialise:
+            planned[name] = _afresh(refusal, *shapes, Why(Cause.FORCED_NONE, key=source_key(space).yaml), targets)
+        elif space in maps and not maps[space].is_identity:
+            # Where every class keeps its row, the whole tensor is right whatever its layout.
+            planned[name] = _unknown_head(refusal, *shapes, unknown_heads, targets)
+    counts = set() if complete else _counts_of(maps)
     tensors = [
-        planned[name] if name in planned else _without_layout(name, source_shapes.get(name), shape, maps, out)
+        planned[name] if name in planned else _without_layout(name, source_shapes.get(name), shape, counts, out)
         for name, shape in target_shapes.items()
     ]
     tensors += [
@@ -357,9 +379,9 @@ def plan_adaptation(
         if name not in target_shapes
     ]
     tensors += [TensorPlan(name, "dropped", why=why) for name, why in (dropped or {}).items()]
-    return AdaptPlan(
-        tuple(tensors), sources, targets, tuple(read[x.tensor] for x in layouts), _maps_in_use(tensors, maps)
-    )
+    in_use = _maps_in_use(tensors, maps)
+    taken = tuple(read[layout.tensor] for layout in layouts)
+    return AdaptPlan(tuple(tensors), sources, targets, taken, in_use, found=tuple(found))
 
 
 def match_tables(
@@ -440,8 +462,43 @@ def _name_by_position(
             sources[layout.space] = ClassTable(names, "the file, by position")
 
 
+def _unknown_head(
+    refusal: Refusal, in_file: Shape, in_model: Shape, unknown_heads: str, targets: Mapping[str, ClassTable]
+) -> TensorPlan:
+    """Return what happens to a class-sized tensor that no layout moves, where the classes differ."""
+    sized, key = refusal.sized, HEAD_ADAPT.UNKNOWN_HEADS.yaml
+    if unknown_heads == "refuse":
+        why = Why(
+            Cause.UNKNOWN_HEAD,
+            key=sized.key,
+            source_shape=tuple(in_file),
+            target_shape=tuple(in_model),
+            names=refusal.lines,
+            text=refusal.reason,
+        )
+        return TensorPlan(sized.tensor, "refused", sized.space, None, in_file, in_model, verified=False, why=why)
+    if unknown_heads == "keep" and in_file == in_model:
+        why = Why(Cause.UNKNOWN_KEPT, key=key)
+        return TensorPlan(sized.tensor, "copied", sized.space, None, in_file, in_model, verified=False, why=why)
+    return _afresh(refusal, in_file, in_model, Why(Cause.UNKNOWN_AFRESH, key=key), targets)
+
+
+def _afresh(
+    refusal: Refusal, in_file: Shape, in_model: Shape, why: Why, targets: Mapping[str, ClassTable]
+) -> TensorPlan:
+    """Return a tensor without a layout that takes nothing from the file; it is a head group of its own."""
+    name, space = refusal.sized.tensor, refusal.sized.space
+    new = tuple(range(len(targets[space]))) if space in targets else ()
+    return TensorPlan(name, "initialised", space, name, in_file, in_model, new=new, why=why)
+
+
+def _counts_of(maps: Mapping[str, ClassMap]) -> set[int]:
+    """Return as many rows as there are classes, with and without background, where some class moves."""
+    return {len(m.target) + extra for m in maps.values() if not m.is_identity for extra in (0, 1)}
+
+
 def _without_layout(
-    name: str, in_file: Shape | None, in_model: Shape, maps: Mapping[str, ClassMap], out: Mapping[str, Why]
+    name: str, in_file: Shape | None, in_model: Shape, counts: Collection[int], out: Mapping[str, Why]
 ) -> TensorPlan:
     if in_file is None:
         return TensorPlan(name, "kept", target_shape=in_model, why=Why(Cause.NOT_IN_FILE))
@@ -450,7 +507,6 @@ def _without_layout(
     if in_file != in_model:
         why = Why(Cause.NO_LAYOUT, source_shape=tuple(in_file), target_shape=tuple(in_model))
         return TensorPlan(name, "kept", source_shape=in_file, target_shape=in_model, why=why)
-    counts = {len(m.target) + extra for m in maps.values() if not m.is_identity for extra in (0, 1)}
     # A backbone's channels and a proposal network's anchors meet a class count by accident: 3 anchors, 3 classes.
     if in_model and in_model[0] in counts and not name.startswith(("backbone", "proposal_generator")):
         why = Why(Cause.MAYBE_CLASSES, count=in_model[0])

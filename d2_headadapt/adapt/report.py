@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from tabulate import tabulate
 
 from ..errors import Finding, PlanRefused, Severity, visible
-from ..key import Key
+from ..key import HEAD_ADAPT, Key
 from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, is_unnamed, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
@@ -104,6 +104,7 @@ def plan_table(plan: AdaptPlan, *, every_tensor: bool = False, summary: bool = T
     text = [tabulate(rows, headers=_HEADERS, disable_numparse=True)] if rows else []
     if not every_tensor:
         text += [f"{counted} {action}{reason}: {names}" for action, reason, counted, names in _rest(plan)]
+    text += plan.found
     text += [f"{title}: {names}" for space in plan_spaces(plan) for title, names in _class_lines(plan, space)]
     for number, notice in enumerate(notices, 1):
         text.append(f"note {number}, {notice.code}: {notice.where}: {notice.found}.")
@@ -128,6 +129,7 @@ def plan_markdown(plan: AdaptPlan) -> str:
     if rows:
         parts.append(_pipes(_HEADERS, rows))
     rest = [(counted, action + reason, names) for action, reason, counted, names in _rest(plan)]
+    parts += [_markdown(line) for line in plan.found]
     if rest:
         parts.append(_pipes(("other tensors", "action", "names"), rest))
     return "\n\n".join(parts) + "\n"
@@ -222,6 +224,14 @@ def _grouped(tensors: Iterable[TensorPlan]) -> dict[tuple[str, Why], list[Tensor
 
 def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
     """Name what to type about a tensor, and what to put into it."""
+    if t.cause is Cause.UNKNOWN_HEAD:
+        more = f"or {HEAD_ADAPT.UNKNOWN_HEADS.set('reinitialise')!s}"
+        where = "in a module that --import names"
+        if t.why.names:
+            return t.why.names[0], ", ".join([where, *(f"or {line}" for line in t.why.names[1:]), more])
+        return str(HEAD_ADAPT.UNKNOWN_HEADS.set("reinitialise")), "or give its module a head_layouts method"
+    if t.cause is Cause.UNKNOWN_KEPT:
+        return str(HEAD_ADAPT.UNKNOWN_HEADS.set("refuse")), "to see the line that declares its layout"
     if t.space is None:
         return "register_head_layout(...)", "in your own code, if its rows are classes"
     if t.cause in (Cause.SHAPES_AGREE, Cause.UNKNOWN_CLASSES, Cause.TABLE_MISFIT):

@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,13 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from ..adapt.causes import Cause
-from ..adapt.classes import shorten
+from ..adapt.classes import ClassTable, shorten
+from ..adapt.layouts import HeadLayout
 from ..adapt.plan import AdaptPlan
 from ..adapt.registry import layouts_of
 from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
-from ..config.settings import AdaptSettings, settings_of
+from ..adapt.unknown_heads import know_heads
+from ..config.settings import AdaptSettings, discovery_of, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
 from ..key import OUTPUT_DIR
@@ -372,15 +374,26 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             for name, names in self._untrained_rows.items()
         }
 
+    def _layouts(self, targets: Mapping[str, ClassTable]) -> tuple[HeadLayout, ...]:
+        """Return the model's layouts; those found by building too, where a class table has none that is declared."""
+        declared = layouts_of(self.model)
+        if self.plan is not None and {x.tensor for x in self.plan.layouts} > {x.tensor for x in declared}:
+            return self.plan.layouts
+        if targets.keys() <= {x.space for x in declared}:
+            return declared
+        return know_heads(self.model, declared, discovery_of(self.model), {}, targets, {}).layouts
+
     def provenance(self) -> Provenance:
         """Describe the class tables, layouts and optimizer order that a file saved now carries."""
         targets = dict(self.plan.target if self.plan is not None else self.settings.target)
-        layouts = layouts_of(self.model)
+        layouts = self._layouts(targets)
         state = shapes_of(self.model.state_dict())
+        # Of a model whose heads nobody knows, the tables are all that can be said.
+        nobody = not any(x.space in targets for x in layouts)
         fitting = {
             space: table
             for space, table in targets.items()
-            if any(x.space == space for x in layouts)
+            if (nobody or any(x.space == space for x in layouts))
             and all(x.fits(state[x.tensor], len(table)) for x in layouts if x.space == space)
         }
         optimizer = find_optimizer(self.checkpointables)

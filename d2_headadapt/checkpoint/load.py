@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -22,8 +22,9 @@ from ..adapt.layouts import HeadLayout
 from ..adapt.plan import AdaptPlan
 from ..adapt.planner import plan_adaptation, source_key
 from ..adapt.registry import layouts_of
+from ..adapt.unknown_heads import know_heads
 from ..adapt.vocabularies import zoo_tables
-from ..config.settings import AdaptSettings
+from ..config.settings import AdaptSettings, discovery_of
 from ..errors import CheckpointFileError, NotFetchedError, PlanRefused, visible
 from ..files import read_checkpoint, shapes_of, verify_tensors
 from ..key import HEAD_ADAPT, MODEL, Key
@@ -206,15 +207,20 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     settled = settle_checkpoint(checkpoint, shapes, settings)
     known = known.renamed({file: name for name, file in settled.file_names.items()})
     declare_agnostic(model, settings.agnostic)
-    layouts = layouts_of(model)
-    say_other_spaces(settings.source, layouts)
+    declared, stored = layouts_of(model), shapes_of(settled.tensors)
     own_words = {**(zoo_tables(request.path) or {}), **known.tables}
-    targets = _targets(settings, own_words, known, layouts, shapes)
-    sources = {**own_words, **_padded(settings.source, targets, layouts, shapes_of(settled.tensors))}
+    targets = _targets(settings, own_words, known, declared, shapes)
+    sources = {**own_words, **_padded(settings.source, targets, declared, stored)}
+    differ = _differing(sources, targets, settings, {layout.space for layout in declared})
+    found = discovery_of(model) if differ or _unnamed(stored, shapes, declared, sources, targets, settings) else None
+    heads = know_heads(model, declared, found, stored, targets, differ)
+    say_other_spaces(settings.source, heads.layouts)
+    for contradiction in heads.wrong:
+        raise contradiction.error()
     plan = plan_adaptation(
-        shapes_of(settled.tensors),
+        stored,
         shapes,
-        layouts,
+        heads.layouts,
         source_tables=sources,
         target_tables=targets,
         source_layouts=known.layouts,
@@ -223,9 +229,48 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
         initialise=settings.initialise,
         dropped=settled.dropped,
         excluded=settled.excluded,
+        unknown=heads.refused,
+        complete=heads.complete,
+        unknown_heads=settings.unknown_heads,
+        found=heads.said,
     )
     assumed = tuple(s for s in known.assumed if s not in settings.source and s in plan.maps)
     return PlannedLoad(replace(plan, assumed=assumed), settled.tensors, known, settings, unused)
+
+
+def _differing(
+    sources: Mapping[str, ClassTable],
+    targets: Mapping[str, ClassTable],
+    settings: AdaptSettings,
+    declared: Collection[str],
+) -> dict[str, tuple[int, int]]:
+    """Label spaces whose lists differ, or of which nothing is to be taken from a head that nobody declared.
+
+    With the numbers of classes in the file and in the model; of what is not to be taken only equal ones matter.
+    """
+    differ = {}
+    for space, table in targets.items():
+        if space in settings.initialise:
+            if space not in declared:
+                differ[space] = (len(table), len(table))
+        elif space in sources and sources[space].names != table.names:
+            differ[space] = (len(sources[space]), len(table))
+    return differ
+
+
+def _unnamed(
+    stored: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    layouts: Sequence[HeadLayout],
+    sources: Mapping[str, ClassTable],
+    targets: Mapping[str, ClassTable],
+    settings: AdaptSettings,
+) -> bool:
+    """Tell whether a head that nobody declared may come from a file whose classes nobody named."""
+    declared = {layout.space for layout in layouts}
+    open_spaces = targets.keys() - sources.keys() - declared - settings.initialise
+    sizes = {len(targets[space]) + extra for space in open_spaces for extra in (0, 1)}
+    return any(name in stored and sizes.intersection(shape[:2]) for name, shape in shapes.items())
 
 
 def settle_checkpoint(
@@ -369,6 +414,15 @@ def _refuse_little(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
             expected="tensors that the model has",
             found=f"none that fits ({parts})",
             fix="Use a checkpoint of this architecture, or the config of this checkpoint.",
+        )
+    for space in plan.lost:
+        common = [name for name in plan.target[space].names if name in set(plan.source[space].names)]
+        raise PlanRefused(
+            origin,
+            expected=f"rows of the {len(common)} {space} classes that file and model have in common",
+            found=f"no head that takes one: {next(t for t in plan.tensors if t.space == space and t.new).reason}",
+            fix=f"Build the heads as the file's were built, or set {source_key(space).set('none')} to start them "
+            "afresh. Nothing was loaded.",
         )
     if plan.coverage < min_coverage:
         raise PlanRefused(

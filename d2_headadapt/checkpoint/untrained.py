@@ -64,7 +64,9 @@ def unchanged_classes(
     layouts = {layout.tensor: layout for layout in plan.layouts}
 
     def same(name: str, k: int) -> bool:
-        layout = layouts[name]
+        layout = layouts.get(name)
+        if layout is None:
+            return torch.equal(before[name], after[name])
         if layout.given:
             # The rows of a text classifier are not fitted: the way to them is.
             return all(torch.equal(before[p], after[p]) for p in projections(plan, [name]) if p in before)

@@ -46,6 +46,7 @@ def plan(args: argparse.Namespace) -> int:
     _print_or_write(plan_table(made, every_tensor=args.all), plan_json(made), args)
     if args.html:
         notes = [f"Checkpoint: {path}", f"Config: {args.config_file or 'the defaults of detectron2'}"]
+        notes += made.found
         write_text(args.html, plan_html(made, notes=notes), exclusive=not args.force)
     refuse_plan(made, settings.min_coverage, path)
     return 0

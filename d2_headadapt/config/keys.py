@@ -45,6 +45,11 @@ def add_headadapt_config(cfg: CfgNode) -> None:
     # Least share (0 to 1) of the file's tensors that must find a place in the model.
     node.MIN_COVERAGE = 0.5
 
+    # A tensor whose size follows the class count and that no layout moves, where the class list changed: "refuse" it
+    # with the line that declares a layout, "reinitialise" it (every row is new), or "keep" the file's rows where they
+    # lie.
+    node.UNKNOWN_HEADS = "refuse"
+
     # What --resume does when the class list changed: "refuse", or "adapt" (carried rows keep their optimizer moments).
     node.RESUME = "refuse"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from ..adapt.classes import KEY_SUFFIXES, SPACES, ClassTable, did_you_mean
 from ..adapt.detectron2_heads import CHOICES, declare_agnostic
+from ..adapt.discovery import Discovery
 from ..data.datasets import resolve_table, training_table
 from ..data.task_spec import source_tables, task_specs
-from ..errors import ConfigError
+from ..errors import ConfigError, HeadAdaptError
 from ..key import HEAD_ADAPT, MODEL, Key
 from .keys import add_headadapt_config
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 Named = ClassTable | str | Sequence[str]
 """One class list, as people write it: a table, a list of names, or a dataset, vocabulary or file by its name."""
 ATTRIBUTE = "head_adapt_settings"
+DISCOVERY = "head_adapt_discovery"
 
 NUM_CLASSES_KEYS: dict[str, tuple[tuple[str, Key], ...]] = {
     "GeneralizedRCNN": (
@@ -72,6 +74,8 @@ class AdaptSettings:
         yields: label spaces whose target table is a guess: the classes that a file names of itself win over it, where
             the model was built for them and ``source`` does not name them.
         as_stock: a file that gives the model little or nothing is loaded with a warning, as stock detectron2 does.
+        unknown_heads: what happens to a class-sized tensor that no layout moves, where the classes changed:
+            ``"refuse"``, ``"reinitialise"``, or ``"keep"`` the file's rows as they lie.
 
     Raises:
         ConfigError: tables that are none (:meth:`of` takes plain names), or an unknown choice.
@@ -101,6 +105,7 @@ class AdaptSettings:
     agnostic: frozenset[Key] = frozenset()
     yields: frozenset[str] = frozenset()
     as_stock: bool = False
+    unknown_heads: str = "refuse"
 
     def __post_init__(self) -> None:
         for name in ("target", "source"):
@@ -116,6 +121,7 @@ class AdaptSettings:
             ("match", ("name", "position", "position_over_names")),
             ("resume", ("refuse", "adapt")),
             ("new_rows", ("recipe", "nearest")),
+            ("unknown_heads", ("refuse", "reinitialise", "keep")),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -228,6 +234,7 @@ class AdaptSettings:
             node.TEXT.NAMES,
             str(cfg.MODEL.WEIGHTS),
             frozenset(key for key in CHOICES.values() if key.of(cfg)),
+            unknown_heads=str(node.UNKNOWN_HEADS),
         )
 
 
@@ -297,3 +304,26 @@ def settings_of(model: nn.Module) -> AdaptSettings | None:
         if isinstance(found, AdaptSettings):
             return found
     return None
+
+
+def attach_discovery(model: nn.Module, discover: Callable[[], Discovery]) -> None:
+    """Leave on ``model`` how to find out what its class counts size; asked by a load whose classes may differ.
+
+    Args:
+        model: as it was just built.
+        discover: builds the same model at several class counts.
+    """
+    setattr(model, DISCOVERY, discover)
+
+
+def discovery_of(model: nn.Module) -> Discovery | None:
+    """Return what the class counts of ``model`` size; ``None`` where nobody knows how to build it again."""
+    discover = getattr(model, DISCOVERY, None)
+    if discover is None:
+        return None
+    try:
+        found = discover()
+    except HeadAdaptError as exc:
+        logger.info("Which tensors follow the class count was not found out by building: %s", exc)
+        return None
+    return found if isinstance(found, Discovery) else None

@@ -83,8 +83,9 @@ def same_count(context: DoctorContext) -> Iterator[Finding]:
         source = plan.source.get(space)
         if source is None or len(source) != len(target) or source == target:
             continue
-        if not any(t.space == space and t.source_shape for t in plan.tensors):
-            continue
+        moved = [t for t in plan.by_action("carried", "copied") if t.space == space and (t.carried or t.new)]
+        if not moved:
+            continue  # A refused head is HA302's, and one that keeps its rows unverified is HA303's.
         i = next(i for i, pair in enumerate(zip(source.names, target.names, strict=True)) if pair[0] != pair[1])
         differ = f"{len(target)} {space} classes on both sides, and row {i} is {source.names[i]!r} in the file"
         if context.settings.match != "name":

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import weakref
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -29,7 +30,7 @@ from ..checkpoint.keys import freeze
 from ..checkpoint.ranks import agree
 from ..checkpoint.run_folder import claim, release, set_aside, unnoted
 from ..config.keep import KeepSettings
-from ..config.settings import AdaptSettings, attach_settings, with_keys
+from ..config.settings import AdaptSettings, attach_discovery, attach_settings, with_keys
 from ..data.negatives import negative_images, with_negatives
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
@@ -41,6 +42,7 @@ from ..fit.hook import FitHook
 from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER, YAML
 from ..modeling.keep_model import attach_keep
 from ..setup.build import building
+from ..setup.count_keys import discover_yaml
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
 from .launch import command as command
@@ -95,6 +97,7 @@ class Trainer(DefaultTrainer):
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg, required=True))
         attach_keep(model, KeepSettings.from_config(cfg))
+        attach_discovery(model, partial(discover_yaml, cfg))
         frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)
         if frozen:
             logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))

@@ -31,8 +31,7 @@ from .images import FeatureCache, ImageStream, View, choose_images, random_state
 from .masks import collect_pixels as collect_masks
 from .masks import solve_masks
 from .rows import RowWriter, Solution
-from .rpn import collect_anchors
-from .rpn import proposals_of, recalls, solve
+from .rpn import collect_anchors, proposals_of, recalls, solve
 from .settings import FitReport, FitSettings, PartReport
 from .sharing import gathered, on_rank_zero, placed
 

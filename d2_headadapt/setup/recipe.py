@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from torch import nn
 
 from ..adapt.classes import ClassTable
 from ..config.keep import KeepSettings
-from ..config.settings import AdaptSettings, apply_num_classes, attach_settings
+from ..config.settings import AdaptSettings, attach_discovery, attach_settings
 from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..errors import ConfigError, UsageError
 from ..key import DATASETS, INPUT, YAML, Form, form_of
 from ..modeling.keep_model import attach_keep
 from .build import build_on_meta, building
+from .class_counts import settle_counts
 from .components import builder_of, import_components
+from .count_keys import discover_yaml
 from .lazy.loading import load_lazy_config
 from .lazy.mirror import mirror_of
 from .lazy.preparing import prepare
@@ -65,11 +68,14 @@ class Recipe:
         with building():
             model: nn.Module = self.builder(self.config)
         attach_settings(model, self.settings)
+        attach_discovery(model, partial(discover_yaml, self.config))
         return model
 
     def build_on_meta(self) -> nn.Module:
         """Build the model's names and shapes; on the CPU where a module does not build on the meta device."""
-        return build_on_meta(self.config, self.builder)
+        model = build_on_meta(self.config, self.builder)
+        attach_discovery(model, partial(discover_yaml, self.config))
+        return model
 
     def build_small(self) -> nn.Module:
         """Build the model on the CPU with few detections and no threshold; no random stream moves."""
@@ -111,7 +117,7 @@ class Recipe:
         target = {**tables, **self.settings.target}
         cfg = self.config.clone()
         cfg.defrost()
-        apply_num_classes(cfg, target)
+        settle_counts(cfg, target)
         cfg.freeze()
         return replace(self, config=cfg, settings=replace(self.settings, target=target))
 

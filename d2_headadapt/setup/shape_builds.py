@@ -13,6 +13,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -95,5 +96,17 @@ def observe_build(build: Callable[[], nn.Module], *, initialise: bool = False) -
     Raises:
         Exception: whatever the constructor raises.
     """
-    with nothing_changed(), nullcontext() if initialise else SkipInitialisers():
-        return observe(build())
+    token = _OBSERVING.set(True)
+    try:
+        with nothing_changed(), nullcontext() if initialise else SkipInitialisers():
+            return observe(build())
+    finally:
+        _OBSERVING.reset(token)
+
+
+_OBSERVING: ContextVar[bool] = ContextVar("observing", default=False)
+
+
+def observing() -> bool:
+    """Tell whether a model is being built for its shapes at this moment, in this thread."""
+    return _OBSERVING.get()

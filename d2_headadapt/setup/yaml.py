@@ -18,13 +18,14 @@ from detectron2.utils.file_io import PathManager
 from ..adapt.classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from ..adapt.planner import target_key
 from ..config.keys import add_headadapt_config
-from ..config.settings import AdaptSettings, apply_num_classes, write_tables
+from ..config.settings import AdaptSettings, write_tables
 from ..data.datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
 from ..data.task_datasets import say_unused_tasks, settle_tasks
 from ..data.task_spec import complete_tasks
 from ..errors import ConfigError, DatasetError, UsageError
 from ..key import DATASETS, HEAD_ADAPT, MODEL, TASKS, YAML
 from ..modeling.text.preflight import refuse_text
+from .class_counts import settle_counts
 from .components import add_component_keys, import_components
 from .keep import check_labels, settle_keep
 from .task_checks import check_tasks
@@ -250,7 +251,7 @@ def resolve_config(cfg: CfgNode, *, reads_labels: bool = True) -> AdaptSettings:
         HeadAdaptError: a dataset, class table or key that cannot be used.
     """
     settings = settle_config(cfg, reads_labels=reads_labels)
-    for line in apply_num_classes(cfg, settings.target):
+    for line in settle_counts(cfg, settings.target):
         logger.info(line)
     if settle_device(cfg.MODEL.DEVICE) == "cpu":
         cfg.MODEL.DEVICE = "cpu"

@@ -38,11 +38,21 @@ RENDERED = [
         "unverified: 3 rows may be classes, and no layout says so; see register_head_layout",
     ),
     (Why(Cause.REBUILT), "rebuilt from the dataset, never taken from a file"),
-    (Why(Cause.GIVEN_BY_TEXT), "the text file's embeddings stay (TEXT.PRECEDENCE)"),
+    (Why(Cause.GIVEN_BY_TEXT), "the embeddings that the config names stay"),
     (Why(Cause.NO_CLASS_BUT_TEXT), "no class is in the file; all keep their embeddings"),
     (Why(Cause.EXCLUDED, key="MODEL.HEAD_ADAPT.EXCLUDE"), "MODEL.HEAD_ADAPT.EXCLUDE names it"),
     (Why(Cause.NOT_INCLUDED, key="MODEL.HEAD_ADAPT.INCLUDE"), "MODEL.HEAD_ADAPT.INCLUDE does not name it"),
     (Why(Cause.FORCED_NONE, key=SOURCE), f"{SOURCE} is 'none'"),
+    (Why(Cause.UNKNOWN_AFRESH, key=SOURCE), f"{SOURCE} lets it start afresh"),
+    (
+        Why(Cause.UNKNOWN_KEPT, key=SOURCE),
+        f"unverified: its rows stay where they lie, though the classes differ, as {SOURCE} says",
+    ),
+    (
+        Why(Cause.UNKNOWN_HEAD, text="two meanings", **SHAPES),
+        "its size follows the classes: (4, 8) in the file, (3, 8) in the model; the lists differ and no layout moves "
+        "its rows (two meanings)",
+    ),
     (Why(Cause.NOT_IN_FILE), "not in the file"),
     (Why(Cause.PART_MISSING), "missing from the file, which has other tensors of this head"),
     (Why(Cause.NO_CLASS_IN_FILE), "no class of the model is in the file"),

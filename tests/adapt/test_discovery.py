@@ -115,6 +115,18 @@ FOUND: dict[str, tuple[heads.Make, dict[str, tuple[object, ...]]]] = {
             }.items()
         },
     ),
+    "Detic's second classifier": (
+        lambda k: heads.detic(k, prop_score=True),
+        {
+            name: kind
+            for i in range(3)
+            for name, kind in {
+                f"roi_heads.box_predictor.{i}.freq_weight": REBUILT,
+                f"roi_heads.box_predictor.{i}.cls_score.zs_weight": last(Evidence.FRAMEWORK_CLASS, axis=1),
+                **weight_and_bias(f"roi_heads.box_predictor.{i}.prop_score.2", *last(Evidence.KNOWN_HEAD)),
+            }.items()
+        },
+    ),
     "few-shot cosine": (
         heads.cosine,
         {
@@ -189,14 +201,6 @@ REFUSED: dict[str, tuple[heads.Make, dict[str, tuple[RefusalCause, int]]]] = {
         heads.features_and_classes,
         {"second.weight": (RefusalCause.FEATURES_OR_CLASSES_FIRST, 2)},
     ),
-    "Detic's second classifier": (
-        lambda k: heads.detic(k, prop_score=True),
-        {
-            f"roi_heads.box_predictor.{i}.prop_score.2.{leaf}": (RefusalCause.TWO_MEANINGS, 2)
-            for i in range(3)
-            for leaf in ("weight", "bias")
-        },
-    ),
     "a buffer that nobody knows": (
         lambda k: _with_buffer(torch.zeros(k, 4)),
         {"prototypes": (RefusalCause.CARRIED_OR_REBUILT, 1)},
@@ -246,12 +250,16 @@ def test_a_line_that_a_refusal_gives_declares_that_meaning(place: int) -> None:
 
 
 def test_a_pattern_stands_for_like_tensors_only() -> None:
-    found = look(REFUSED["Detic's second classifier"][0])
+    def make(k: int) -> nn.Module:
+        stages = [heads.tree(scores=nn.Sequential(nn.Linear(4, 4), nn.Linear(4, k + 1))) for _ in range(3)]
+        return heads.tree(stages=nn.ModuleList(stages))
+
+    found = look(make)
     assert {x.pattern for x in found.refused} == {
-        "roi_heads.box_predictor.*.prop_score.*.weight",
-        "roi_heads.box_predictor.*.prop_score.*.bias",
+        "stages.*.scores.*.weight",
+        "stages.*.scores.*.bias",
     } or all("*" not in x.pattern for x in found.refused)
-    names = heads.detic(7, prop_score=True).state_dict()
+    names = make(7).state_dict()
     from fnmatch import fnmatchcase
 
     refused = {x.sized.tensor for x in found.refused}

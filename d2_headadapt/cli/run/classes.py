@@ -27,7 +27,7 @@ from ...adapt.classes import KEY_SUFFIXES, ClassTable
 from ...adapt.planner import target_key
 from ...adapt.registry import layouts_of
 from ...checkpoint.load import say_other_spaces
-from ...config.settings import NUM_CLASSES_KEYS, AdaptSettings, apply_num_classes, attach_settings
+from ...config.settings import NUM_CLASSES_KEYS, AdaptSettings, attach_settings
 from ...data.datasets import SPACE_METADATA, register_datasets, training_table
 from ...data.task_datasets import settle_tasks
 from ...data.task_spec import TASK_DEFAULTS, task_specs
@@ -37,6 +37,7 @@ from ...key import DATASETS
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import HeadAdaptOutputLayers
 from ...modeling.roi_heads import HeadAdaptMixin
+from ...setup.class_counts import settle_counts
 from ...setup.keep import settle_keep
 from ...setup.lazy import prepare
 from ...setup.lazy.loading import NODE, make_absolute
@@ -140,7 +141,7 @@ def read_classes(cfg: CfgNode) -> tuple[CfgNode, ScriptClasses]:
     if _names_us(own):
         settings = replace(settings, target={**trained, **settings.target})
         trained = {}
-    lines = apply_num_classes(own, settings.target)
+    lines = settle_counts(own, settings.target)
     for line in lines:
         logger.info(line)
     classes = ScriptClasses(settings, told, trained, own.DATASETS.TRAIN, _counts(own))

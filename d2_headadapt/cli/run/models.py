@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...config.keep import KeepSettings
-from ...config.settings import attach_settings
+from ...config.settings import attach_discovery, attach_settings
 from ...modeling.keep_model import attach_keep
+from ...setup.count_keys import discover_yaml
+from ...setup.shape_builds import observing
 from ...setup.task_checks import TWINS
 from .classes import read_classes
 
@@ -28,7 +30,8 @@ class Architecture:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cfg = args[0] if args else kwargs.get("cfg")
-        if not isinstance(cfg, CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
+        # A build for its shapes alone has the counts that it shall have.
+        if observing() or not isinstance(cfg, CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
             return self.stock(*args, **kwargs)
         own, classes = read_classes(cfg)
         if args:
@@ -37,6 +40,7 @@ class Architecture:
             kwargs["cfg"] = own
         model: nn.Module = self.stock(*args, **kwargs)
         attach_settings(model, classes.settle(model))
+        attach_discovery(model, functools.partial(discover_yaml, own))
         return attach_keep(model, KeepSettings.from_config(own))
 
     def __getattr__(self, name: str) -> Any:

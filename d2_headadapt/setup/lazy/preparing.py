@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -19,8 +20,9 @@ from torch import nn
 
 from ...adapt.classes import ClassTable
 from ...adapt.detectron2_heads import CHOICES
+from ...adapt.discovery import Discovery
 from ...config.registries import registered
-from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
+from ...config.settings import AdaptSettings, apply_num_classes, attach_discovery, attach_settings
 from ...data.task_datasets import training_dicts
 from ...data.task_mapper import TaskMapper
 from ...data.task_spec import TaskSpec, task_specs
@@ -29,6 +31,7 @@ from ...key import HEAD_ADAPT, Form, Key, speaking
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from ...modeling.roi_heads import HeadAdaptMixin
+from ..count_keys import discover_lazy
 from ..yaml import settle_config, settle_device
 from .counts import agnostic_masks, check_counts, find_counts, write_counts
 from .loading import NODE, make_absolute
@@ -99,20 +102,32 @@ def prepare(
     cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE)
     if select(lazy, "train.device") is not None:
         lazy.train.device = cfg.MODEL.DEVICE
+    # As it is now: with class tables given to its heads it could no longer be built at other counts.
+    discover = partial(discover_lazy, _free_of_tables(lazy.model))
     for node, target, arguments in given:
         give(node, target, **arguments)
     if specs:
         _carry_labels(lazy, cfg, specs)
     paths = tuple(path for path, _ in calls(lazy.model))
-    follow(lazy.model, partial(finish or partial(_finish, paths=paths), settings=settings))
+    follow(lazy.model, partial(finish or partial(_finish, paths=paths, discover=discover), settings=settings))
     cfg.freeze()
     return Prepared(lazy, cfg, settings)
 
 
-def _finish(model: nn.Module, settings: AdaptSettings, paths: Sequence[str]) -> None:
+def _free_of_tables(model: DictConfig) -> DictConfig:
+    """Return a copy that calls what the config's author wrote, without class tables that an earlier call gave."""
+    free = copy.deepcopy(model)
+    for _, node in calls(free):
+        if isinstance(node._target_, Call):
+            node._target_ = node._target_.shown
+    return free
+
+
+def _finish(model: nn.Module, settings: AdaptSettings, paths: Sequence[str], discover: Callable[[], Discovery]) -> None:
     """Check the heads of a model that was just built, and attach the settings."""
     check_counts(model, settings.target, paths)
     attach_settings(model, settings)
+    attach_discovery(model, discover)
 
 
 def _predictors(model: DictConfig) -> list[tuple[DictConfig, DictConfig, bool]]:
