@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .adapt.vocabularies import vocabulary as vocabulary
     from .checkpoint.checkpointer import HeadAdaptCheckpointer as HeadAdaptCheckpointer
     from .checkpoint.load import plan_file as plan_file
+    from .config.keep import KeepSettings as KeepSettings
+    from .config.keep import PackSpec as PackSpec
     from .config.keys import add_headadapt_config as add_headadapt_config
     from .config.settings import AdaptSettings as AdaptSettings
     from .engine.own_loop import adapt_state_dict as adapt_state_dict
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .files import read_checkpoint as read_checkpoint
     from .modeling.classifier import POOLING_REGISTRY as POOLING_REGISTRY
     from .modeling.classifier import MultiTaskClassifier as MultiTaskClassifier
+    from .modeling.keep_model import attach_keep as attach_keep
     from .modeling.predictor import PREDICTOR_REGISTRY as PREDICTOR_REGISTRY
     from .modeling.predictor import HeadAdaptOutputLayers as HeadAdaptOutputLayers
     from .modeling.roi_heads import HeadAdaptCascadeROIHeads as HeadAdaptCascadeROIHeads
@@ -78,13 +81,16 @@ _HOMES = {
     "HeadAdaptRes5ROIHeads": "modeling.roi_heads",
     "HeadAdaptTextOutputLayers": "modeling.text.predictor",
     "HeadLayout": "adapt.layouts",
+    "KeepSettings": "config.keep",
     "MultiTaskClassifier": "modeling.classifier",
+    "PackSpec": "config.keep",
     "TensorPlan": "adapt.plan",
     "TextBundle": "modeling.text.bundle",
     "Trainer": "engine.train",
     "Why": "adapt.causes",
     "adapt_state_dict": "engine.own_loop",
     "add_headadapt_config": "config.keys",
+    "attach_keep": "modeling.keep_model",
     "build_on_meta": "setup.build",
     "draw_tasks": "evaluation.drawing",
     "fit_rows": "engine.own_loop",

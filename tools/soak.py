@@ -1,6 +1,7 @@
-"""The long version of two tests: a run killed two hundred times while it saves, and a thousand damaged files.
+"""The long version of three tests: a run killed two hundred times while it saves, a thousand damaged files, and a
+thousand random loads against an oracle of their own.
 
-Both use the functions that the suite uses, in processes of their own, so that a crash is counted and not fatal. Prints
+All use the functions that the suite uses, in processes of their own, so that a crash is counted and not fatal. Prints
 a table; the exit code is 1 when anything happened that must never happen.
 """
 
@@ -109,12 +110,38 @@ def run_files(files: int, seed: int, progress: tqdm[None]) -> tuple[list[list[st
     return rows, wrong
 
 
+def run_loads(loads: int, seed: int, progress: tqdm[None]) -> tuple[list[list[str]], list[str]]:
+    """Load ``loads`` random files into random models, and compare every tensor with what the oracle says.
+
+    Returns:
+        Rows of the table, and what differed.
+    """
+    kinds: collections.Counter[str] = collections.Counter()
+    wrong: list[str] = []
+    command = [sys.executable, str(ROOT / "tests" / "row_moves.py"), str(seed), str(loads)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    ) as process:
+        for line in process.stdout or ():
+            found = json.loads(line)
+            kinds[found.get("kind", "no result")] += 1
+            if "violation" in found:
+                wrong.append(f"load {found['seed']}: {found['violation']}")
+            progress.update()
+    if process.returncode or sum(kinds.values()) != loads:
+        wrong.append(f"{sum(kinds.values())} of {loads} loads were judged, exit code {process.returncode}")
+    rows = [["random loads", str(sum(kinds.values()))]]
+    rows += [[f"  {name}", str(count)] for name, count in sorted(kinds.items())]
+    return [*rows, ["  tensors, files or messages other than the oracle's", str(len(wrong))]], wrong
+
+
 def main() -> int:
-    """Run both and print the table."""
+    """Run all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="kills during saving (default 200)")
     parser.add_argument("--files", type=int, default=1000, help="corrupted files (default 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="first seed of both (default 0)")
+    parser.add_argument("--loads", type=int, default=1000, help="random loads (default 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed of each (default 0)")
     parser.add_argument(
         "--saver",
         default="files",
@@ -128,8 +155,10 @@ def main() -> int:
         rows, wrong = run_kills(args.kills, args.seed, args.saver, progress)
     with tqdm(total=args.files, desc="files", unit="file") as progress:
         more_rows, more_wrong = run_files(args.files, args.seed, progress)
-    rows += [*more_rows, ["seconds", f"{time.monotonic() - start:.0f}"]]
-    wrong += more_wrong
+    with tqdm(total=args.loads, desc="loads", unit="load") as progress:
+        rows_of_loads, wrong_loads = run_loads(args.loads, args.seed, progress)
+    rows += [*more_rows, *rows_of_loads, ["seconds", f"{time.monotonic() - start:.0f}"]]
+    wrong += [*more_wrong, *wrong_loads]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value:>7}")

@@ -48,6 +48,7 @@ _KINDS: Mapping[str, tuple[Severity, str]] = {
 
 def _notice(code: str, what: str, why: str, type_this: str, hint: str, tensors: tuple[str, ...]) -> Notice:
     severity, expected = _KINDS[code]
+    what, why, type_this, hint = map(visible, (what, why, type_this, hint))
     fix = f"Type: {type_this}{f' ({hint})' if hint else ''}." if type_this else "There is nothing to type."
     error = PlanRefused(what, expected=expected, found=why, fix=fix)
     return Notice(code, severity, error, type_this, hint, tensors)

@@ -26,6 +26,7 @@ from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
 from ..key import OUTPUT_DIR
 from ..modeling.text.predictor import FACTS, text_facts
+from .kept import KeptGuard, with_packs
 from .load import (
     LoadRequest,
     PreparedLoad,
@@ -99,6 +100,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None
+        self.settings = with_packs(self.settings, self.model)
+        self._kept = KeptGuard(self.model)
         self.plan: AdaptPlan | None = None
         self.untrained: dict[str, tuple[str, ...]] = {}
         self._untrained_rows: dict[str, tuple[str, ...]] = {}
@@ -218,6 +221,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         prepared, error = PreparedLoad(OrderedDict(), AdaptPlan(()), Provenance()), None
         try:
             prepared = self._prepare(checkpoint, checkpoint.pop("__path__", self._request.path))
+            state, plan, known = prepared.state, prepared.plan, prepared.known
+            self._kept.check_load(state, plan, known, self._request.path, resumes=self._request.own)
         except HeadAdaptError as exc:
             error = exc
         self._agree(error)
@@ -226,6 +231,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         # Asked before the model is written to, because asking may fail.
         untrained, rows = untrained_classes(plan, known), untrained_rows(plan, known)
         self.model.load_state_dict(prepared.state)
+        self._kept.after_load(self.model, known, self._request.path)
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._request.path)
         self._remember(plan, known)
@@ -260,6 +266,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         return dict(prepared.state), prepared.plan
 
     def _prepare(self, checkpoint: dict[str, Any], file: str) -> PreparedLoad:
+        if self._request.own and KEY in checkpoint:
+            self._kept.check_resume(Provenance.from_plain(checkpoint[KEY], self._request.path), self._request.path)
         return prepare_load(self._request, checkpoint, file, self.model, self.checkpointables, self._say)
 
     def _remember(self, plan: AdaptPlan, known: Provenance) -> None:
@@ -369,6 +377,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         facts = text_facts(self.model)
         if facts:
             extra[FACTS] = facts
+        extra.update(self._kept.facts(self.model.state_dict(), self.save_dir or "the model"))
         applied = applied_keys(self.settings, self._known)
         assumed = tuple(space for space in self._assumed if space in fitting)
         return Provenance(fitting, layouts, names, self.untrained, applied, assumed, extra)

@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from detectron2.utils.file_io import PathManager
+
 from ..adapt.classes import ClassTable
 from ..adapt.layouts import HeadLayout
 from ..errors import CheckpointFileError
+from ..files import read_checkpoint
 from ..key import HEAD_ADAPT
 
 KEY = "d2_headadapt"
@@ -124,6 +127,13 @@ class Provenance:
                 found=str(exc),
                 fix="The entry is damaged; use another checkpoint of this run.",
             ) from exc
+
+
+def provenance_of(path: str, trust: bool) -> Provenance:
+    """Read what a checkpoint says about itself; empty where it says nothing."""
+    local = PathManager.get_local_path(path.partition("?")[0])
+    stored = read_checkpoint(local, trust=trust, verify=False).get(KEY)
+    return Provenance() if stored is None else Provenance.from_plain(stored, path)
 
 
 def optimizer_names(optimizer: Any, named: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:

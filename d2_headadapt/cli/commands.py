@@ -28,6 +28,10 @@ from ..files import existing_output, is_same_file, write_checkpoint, write_text
 from ..fit import FitReport, FitSettings, fit_json, fit_lines, fit_new_rows
 from ..key import MODEL, Form, form_of
 from ..setup.recipe import Recipe, no_training_set, read_recipe
+from .keep_commands import add as add
+from .keep_commands import extend as extend
+from .keep_commands import pack as pack
+from .keep_commands import remove as remove
 from .plan_html import plan_html
 from .quiet import print_json
 from .run import Adoption, run_script
@@ -166,6 +170,9 @@ def _configure(args: argparse.Namespace, *, reads_labels: bool = False) -> Recip
     setup_logger(name="d2_headadapt")
 
     def change(cfg: CfgNode) -> None:
+        if cfg.MODEL.HEAD_ADAPT.KEEP:
+            # Its classes are those of the file.
+            cfg.MODEL.WEIGHTS = args.weights or cfg.MODEL.WEIGHTS
         if not reads_labels:
             cfg.MODEL.DEVICE = "cpu"
         elif not cfg.DATASETS.TRAIN and form_of(args.config_file) is not Form.LAZY:

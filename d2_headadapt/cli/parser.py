@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import HeadAdaptError, UsageError
 from ..export import ENDINGS
@@ -140,6 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="also write the fit's report as JSON; - for standard output")
     command.set_defaults(run="fit")
 
+    _add_keep(commands)
+
     command = commands.add_parser(
         "train",
         help="train or evaluate, as tools/train_net.py does",
@@ -232,6 +235,38 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 def _add_force(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace an existing output")
+
+
+def _add_keep(commands: Any) -> None:
+    """Enter the commands of classes behind an unmodified model."""
+    command = commands.add_parser(
+        "extend", help="add new classes behind an unmodified model, whose detections stay bit for bit", epilog=EPILOG
+    )
+    _add_common(command)
+    _add_output(command)
+    command.add_argument(
+        "--images", type=int, default=20, metavar="N", help="images on which old detections are compared (20)"
+    )
+    command.set_defaults(run="extend")
+
+    command = commands.add_parser("pack", help="write added classes as a small file of their own", epilog=EPILOG)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint with added classes")
+    command.add_argument("--class", dest="name", default="", metavar="NAME", help="one of the classes of a session")
+    command.add_argument("--output", metavar="FILE", required=True, help="the new file, .pack")
+    command.add_argument("--force", action="store_true", help="replace an existing output")
+    command.set_defaults(run="pack")
+
+    command = commands.add_parser("add", help="put class packs behind the base they were made for", epilog=EPILOG)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="the base, with or without added classes")
+    command.add_argument("packs", nargs="+", metavar="PACK", help="files of d2-headadapt pack")
+    _add_output(command)
+    command.set_defaults(run="add")
+
+    command = commands.add_parser("remove", help="take added classes out of a checkpoint again", epilog=EPILOG)
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint with added classes")
+    command.add_argument("--class", dest="name", required=True, metavar="NAME", help="one of the classes of a session")
+    _add_output(command)
+    command.set_defaults(run="remove")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:

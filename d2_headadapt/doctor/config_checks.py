@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 
 from ..adapt.classes import nearest
-from ..config.settings import NUM_CLASSES_KEYS
+from ..config.settings import NUM_CLASSES_KEYS, with_keys
 from ..data.datasets import check_same_classes, dataset_table
 from ..errors import ConfigError, DatasetError, HeadAdaptError
 from ..key import DATASETS, HEAD_ADAPT, MODEL, Key
@@ -100,6 +100,8 @@ def same_classes(context: DoctorContext) -> Iterator[Finding]:
     for name in context.dataset_names:
         which = DATASETS.TRAIN if name in context.train_names else DATASETS.TEST
         for space, table in context.tables.items():
+            if space == "thing" and with_keys(context.cfg).MODEL.HEAD_ADAPT.KEEP:
+                continue  # The table is the base's alone, and setup has looked at the names of old and new ones.
             try:
                 check_same_classes(table, name, space, which)
             except DatasetError as error:
@@ -114,6 +116,8 @@ def class_counts(context: DoctorContext) -> Iterator[Finding]:
         table, written = context.tables.get(space), key.of(cfg)
         if table is None or not isinstance(written, int) or written == len(table):
             continue
+        if space == "thing" and with_keys(cfg).MODEL.HEAD_ADAPT.KEEP:
+            continue  # The base's classes are counted; those of the dataset stand behind them.
         if space == "keypoint" and not cfg.MODEL.KEYPOINT_ON:
             continue
         severity: Severity

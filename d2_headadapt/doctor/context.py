@@ -171,7 +171,10 @@ class DoctorContext:
         if self.ready is not None:
             return self.ready
         if form_of(self.config_file) is not Form.LAZY:
-            return load_config(self.config_file, self.opts, self.imports)
+            cfg = load_config(self.config_file, self.opts, self.imports)
+            if cfg.MODEL.HEAD_ADAPT.KEEP and self.weights:
+                cfg.MODEL.WEIGHTS = self.weights  # Its classes are those of the file.
+            return cfg
         self.lazy = load_lazy_config(self.config_file, self.opts, self.imports)
         return mirror_of(self.lazy)
 

@@ -20,20 +20,22 @@ from detectron2.data import Metadata
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
 from ..adapt.classes import ClassTable
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
-from ..checkpoint.provenance import KEY, Provenance
+from ..checkpoint.kept import kept_in
+from ..checkpoint.provenance import Provenance
+from ..checkpoint.provenance import provenance_of as provenance_of
 from ..data.images import UNREADABLE, why_unreadable
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import CheckpointFileError, ConfigError, DatasetError
 from ..evaluation.drawing import draw_tasks, image_lines
-from ..files import read_checkpoint, write_text
+from ..files import write_text
 from ..key import MODEL
+from ..modeling.keep import keep_of
 from ..setup.recipe import Recipe
 
 PREDICTIONS_VERSION = 1
@@ -64,6 +66,10 @@ class Predictor:
         plan = self.checkpointer.plan
         self.tables: Mapping[str, ClassTable] = plan.target if plan is not None else recipe.settings.target
         self.specs: tuple[TaskSpec, ...] = task_specs(self.cfg)
+        keep = keep_of(self.model)
+        if keep is not None:
+            # Old classes, and those that were added behind them.
+            self.tables = {**self.tables, "thing": keep.settings.table}
         things = self.tables.get("thing")
         self.metadata = Metadata(thing_classes=list(things.names)) if things is not None else None
         self.resize = T.AugmentationList(recipe.test_augmentations())
@@ -121,17 +127,14 @@ class Predictor:
         return {**found, **({"tasks": tasks} if tasks else {})}
 
 
-def provenance_of(path: str, trust: bool) -> Provenance:
-    """Read what a checkpoint says about itself; empty where it says nothing."""
-    local = PathManager.get_local_path(path.partition("?")[0])
-    stored = read_checkpoint(local, trust=trust, verify=False).get(KEY)
-    return Provenance() if stored is None else Provenance.from_plain(stored, path)
-
-
 def name_classes(cfg: CfgNode, known: Provenance) -> None:
     """Let a checkpoint that knows its classes name them, so that no dataset need be there. In place; not frozen."""
     if known.tables:
         cfg.DATASETS.TRAIN = ()
+    kept, node = kept_in(known, "the checkpoint"), cfg.MODEL.HEAD_ADAPT
+    node.KEEP = "" if kept is None else "exact"
+    if kept is not None:
+        node.TARGET_CLASSES, node.KEEP_PACKS = list(kept.classes), [pack.to_plain() for pack in kept.packs]
     cfg.DATASETS.TEST = ()
     for name, node in cfg.MODEL.TASKS.items():
         if node.classes is None and name in known.tables:

@@ -9,6 +9,7 @@ import weakref
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import (
@@ -27,14 +28,18 @@ from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.keys import freeze
 from ..checkpoint.ranks import agree
 from ..checkpoint.run_folder import claim, release, set_aside, unnoted
+from ..config.keep import KeepSettings
 from ..config.settings import AdaptSettings, attach_settings, with_keys
+from ..data.negatives import negative_images, with_negatives
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
 from ..errors import ConfigError, PlanRefused, UsageError
 from ..evaluation.build import build_evaluator as build_evaluator
+from ..evaluation.keep import keep_table
 from ..fit.hook import FitHook
 from ..key import DATASETS, HEAD_ADAPT, MODEL, OUTPUT_DIR, SOLVER, YAML
+from ..modeling.keep_model import attach_keep
 from ..setup.build import building
 from ..setup.yaml import load_config, resolve_config
 from .gradient_watch import UntrainedHeads
@@ -89,6 +94,7 @@ class Trainer(DefaultTrainer):
         with building():
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg, required=True))
+        attach_keep(model, KeepSettings.from_config(cfg))
         frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)
         if frozen:
             logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))
@@ -109,8 +115,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Build stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
-        return build_task_train_loader(cfg) if cfg.MODEL.get("TASKS") else super().build_train_loader(cfg)
+        """Build stock's loader, with the labels of ``MODEL.TASKS`` and the photos of ``KEEP_NEGATIVES`` where asked."""
+        if cfg.MODEL.get("TASKS"):
+            return build_task_train_loader(cfg)
+        keep = KeepSettings.from_config(cfg)
+        negatives = negative_images(keep.negatives) if keep is not None else []
+        if not negatives:
+            return super().build_train_loader(cfg)
+        own = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        return build_detection_train_loader(cfg, dataset=with_negatives(own, negatives))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -155,6 +168,14 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
         """Build what :func:`build_evaluator` builds."""
         return build_evaluator(cfg, dataset_name, output_folder)
+
+
+def say_old_and_new(cfg: CfgNode, results: dict[str, Any]) -> None:
+    """Log the table of old and new classes, where the model has added ones."""
+    sets = results if len(cfg.DATASETS.TEST) != 1 else {cfg.DATASETS.TEST[0]: results}
+    table = keep_table(sets) if comm.is_main_process() else ""
+    if table:
+        logger.info("Old and new classes:\n%s", table)
 
 
 def say_what_is_read(checkpointer: HeadAdaptCheckpointer, weights: str, resume: bool) -> None:
@@ -275,6 +296,7 @@ def main(args: argparse.Namespace) -> Any:
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
+        say_old_and_new(cfg, results)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -17,7 +17,7 @@ from detectron2.engine import (
     default_writers,
     hooks,
 )
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
@@ -28,6 +28,7 @@ from ..checkpoint.keys import freeze
 from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
 from ..errors import ConfigError, UsageError
+from ..evaluation.keep import judged_by_name
 from ..fit.hook import FitHook
 from ..fit.lookahead import LookaheadSettings
 from ..fit.settings import FitSettings
@@ -173,6 +174,8 @@ def _evaluator(recipe: LazyRecipe) -> DatasetEvaluator | list[DatasetEvaluator] 
         if not any(isinstance(one, TaskEvaluator) for one in evaluators):
             folder = os.path.join(recipe.config.OUTPUT_DIR, "inference")
             evaluators.append(TaskEvaluator(_only(names), specs, folder))
+    if recipe.config.MODEL.HEAD_ADAPT.KEEP:
+        return judged_by_name(recipe.config, _only(names), DatasetEvaluators(evaluators))
     return evaluators
 
 

@@ -23,6 +23,7 @@ from ..data.task_datasets import settle_tasks
 from ..data.task_spec import task_specs
 from ..errors import ConfigError, DatasetError
 from ..key import TASKS
+from .keep import judged_by_name
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -72,7 +73,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     # A model of whole images has no detections for the others.
     images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"
     evaluators = judge_tasks if images_alone else build[kind]() + judge_tasks
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    judge = evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    return judged_by_name(cfg, dataset_name, judge)
 
 
 def _task_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:

@@ -7,7 +7,7 @@ C   features of a region
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from .images import ImageStream, View
 from .reservoir import Reservoir, room
-from .rows import RowWriter
+from .rows import RowWriter, Solution
 from .rpn import proposals_of
 from .scores import solve_boxes, solve_scores
 from .settings import FitSettings, PartReport
@@ -106,15 +106,31 @@ def collect_regions(
 ) -> Reservoir:
     """Collect regions with their best object, its class, the overlap and the box deltas toward it."""
     rpn, roi_heads = model.proposal_generator, model.roi_heads
+
+    def see(view: View) -> tuple[Boxes, torch.Tensor]:
+        boxes = region_boxes(rpn, roi_heads, stages, stage, view, settings.proposals)
+        return boxes, region_features(roi_heads, stage, view, boxes) if len(boxes) else boxes.tensor
+
+    return collect_seen(see, stage, views, num_classes, settings)
+
+
+def collect_seen(
+    see: Callable[[View], tuple[Boxes, torch.Tensor]],
+    stage: Stage,
+    views: Iterator[View],
+    num_classes: int,
+    settings: FitSettings,
+) -> Reservoir:
+    """Collect like :func:`collect_regions`, of what ``see`` gives: a view's boxes and what the predictor reads."""
     width = stage.predictor.cls_score.in_features
     regions = max(2, room(settings.regions, width))
     low = settings.soft_iou[0] + stage.threshold - 0.5
     reservoir = Reservoir({num_classes: regions // 2}, regions // 2)
     for view in views:
-        boxes = region_boxes(rpn, roi_heads, stages, stage, view, settings.proposals)
+        boxes, x = see(view)
         if len(boxes) == 0:
             continue
-        x = region_features(roi_heads, stage, view, boxes).float()
+        x = x.float()
         truth = view.truth
         if len(truth):
             overlap, matched = pairwise_iou(boxes, truth.gt_boxes).max(dim=1)
@@ -165,28 +181,15 @@ def fit_boxes(
         title = f"box head, stage {stage.number + 1} of {len(stages)}" if len(stages) > 1 else "box head"
         sample = gathered(collect_regions(model, stages, stage, stream.views(title), num_classes, settings))
         device = stage.predictor.bbox_pred.weight.device
-        low, high = (overlap + stage.threshold - 0.5 for overlap in settings.soft_iou)
 
         def work(
             stage: Stage = stage, sample: dict[str, torch.Tensor] = sample, device: torch.device = device,
-            low: float = low, high: float = min(high, 1.0), num_classes: int = num_classes,
+            num_classes: int = num_classes,
         ) -> tuple[list[Any], PartReport, tuple[int, ...]]:  # fmt: skip
             if not sample:
                 nothing = PartReport(stage.name, "kept", "no region was found")
                 return [], nothing, writer.new(stage.classifier)
-            here = placed(sample, stream.held_out, device)
-            share = ((here["overlap"] - low) / max(high - low, 1e-6)).clamp(0, 1)
-            share = torch.where(here["label"] == num_classes, torch.zeros_like(share), share)
-            solve = solve_text if is_text(stage.predictor.cls_score) else solve_scores
-            scores = solve(stage, here, share, writer, num_classes, settings)
-            if not scores.solutions:
-                return [], PartReport(stage.name, "kept", scores.reason), scores.missing
-            boxes, penalties = solve_boxes(stage, here, writer, num_classes, settings)
-            report = PartReport(
-                stage.name, "solved", scores.reason, len(sample["weight"]), scores.left_out,
-                {**scores.penalties, **penalties}, scores.score,
-            )  # fmt: skip
-            return [*scores.solutions, *boxes], report, scores.missing
+            return solve_stage(stage, placed(sample, stream.held_out, device), writer, num_classes, settings)
 
         solutions, report, without = on_rank_zero(work, stage.name)
         # A class without a region at any stage keeps an initial row there.
@@ -194,3 +197,33 @@ def fit_boxes(
         writer.write(solutions)
         reports.append(report)
     return reports, missing
+
+
+def solve_stage(
+    stage: Stage, sample: dict[str, torch.Tensor], writer: RowWriter, num_classes: int, settings: FitSettings
+) -> tuple[list[Solution], PartReport, tuple[int, ...]]:
+    """Solve one box predictor from its regions.
+
+    Args:
+        stage: whose predictor.
+        sample: of :func:`collect_regions`, with ``held`` (n,): the regions that choose penalties; on one device.
+        writer: knows the new classes; nothing is written.
+        num_classes: K.
+        settings: how.
+
+    Returns:
+        What to write, what to report, and the new classes without a region.
+    """
+    low, high = (overlap + stage.threshold - 0.5 for overlap in settings.soft_iou)
+    share = ((sample["overlap"] - low) / max(min(high, 1.0) - low, 1e-6)).clamp(0, 1)
+    share = torch.where(sample["label"] == num_classes, torch.zeros_like(share), share)
+    solve = solve_text if is_text(stage.predictor.cls_score) else solve_scores
+    scores = solve(stage, sample, share, writer, num_classes, settings)
+    if not scores.solutions:
+        return [], PartReport(stage.name, "kept", scores.reason), scores.missing
+    boxes, penalties = solve_boxes(stage, sample, writer, num_classes, settings)
+    report = PartReport(
+        stage.name, "solved", scores.reason, len(sample["weight"]), scores.left_out,
+        {**scores.penalties, **penalties}, scores.score,
+    )  # fmt: skip
+    return [*scores.solutions, *boxes], report, scores.missing

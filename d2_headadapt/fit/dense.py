@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes
 from torch import nn
 
+from ..modeling.keep_proposals import inputs_of
 from .anchors import solve_anchor_boxes
 from .images import ImageStream, View
 from .reservoir import Reservoir, room, sample_view
 from .rows import RowWriter, Solution
-from .rpn import CLUTTER, OBJECT, inputs_of
+from .rpn import CLUTTER, OBJECT
 from .settings import FitSettings, PartReport
 from .sharing import gathered, on_rank_zero, placed
 from .solvers import KEEP_LOSS, Frame, Problem, Targets, logistic_rows

@@ -14,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..adapt.classes import SPACES
 from ..data.task_mapper import Mapper
+from ..modeling.keep import keep_of
 from ..modeling.task_dry_run import evaluating
 from .boxes import fit_boxes
 from .dense import fit_dense
 from .images import FeatureCache, ImageStream, choose_images, random_states_kept
+from .keep import fit_packs
 from .masks import fit_masks
 from .rows import RowWriter
 from .rpn import fit_rpn
@@ -64,6 +66,8 @@ def fit_new_rows(
         return FitReport()
     if isinstance(model, DistributedDataParallel):
         model = model.module
+    if keep_of(model) is not None:
+        return fit_packs(model, dataset, mapper, new=wanted, settings=settings, cache=cache)
     writer = RowWriter(model, wanted)
     spaces = {space: writer.new_in(space) for space in sorted({o.space for o in writer.layouts.values()})}
     spaces = {space: classes for space, classes in spaces.items() if classes}

@@ -15,12 +15,19 @@ from detectron2.engine import HookBase
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
+from ..modeling.keep import keep_of
 from .fit import fit_new_rows
 from .images import FeatureCache
 from .lookahead import EVERY, Lookahead, LookaheadSettings, forget_momentum
 from .settings import FitReport, FitSettings
 
 logger = logging.getLogger(__name__)
+
+
+def features_stand_still(model: Any) -> bool:
+    """Tell whether what the new rows read never moves: added classes on an unmodified model's features."""
+    keep = keep_of(getattr(model, "module", model))
+    return keep is not None and all(keep.settings.packs[i].head == "shared" for i in keep.settings.trained)
 
 
 class FitHook(HookBase):
@@ -87,6 +94,9 @@ class FitHook(HookBase):
                 # Kept for the solutions to come; a whole training set would be read again each time.
                 self._seen = [dicts[i] for i in self.report.chosen]
                 self._solved = self.report.solved
+        if features_stand_still(self.trainer.model):
+            # Rows that are solved again on the same features are the rows of the first fit: training would be lost.
+            self._calm = replace(self._calm, refits=())
         if self._solved and self.trainer.start_iter < self._calm.calm_iters:
             self._lookahead = Lookahead(self.trainer.model)
 

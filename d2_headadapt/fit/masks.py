@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
+from ..modeling.keep_proposals import inputs_of
 from .images import ImageStream, View
 from .reservoir import Reservoir, room, sample_view
 from .rows import RowWriter, Solution
-from .rpn import inputs_of, proposals_of
+from .rpn import proposals_of
 from .settings import FitSettings, PartReport
 from .sharing import gathered, on_rank_zero, placed
 from .solvers import KEEP_LOSS, Frame, Problem, Targets, logistic_rows
@@ -103,7 +104,7 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
         seen = [k for k in wanted if k in shown]
         if not seen:
             return [], PartReport(part, "kept", "no image shows a mask of a new class")
-        solutions, penalty = _solve(part, placed(sample, stream.held_out, device), seen, writer, settings)
+        solutions, penalty = solve_masks(part, placed(sample, stream.held_out, device), seen, writer, settings)
         penalties = {"predictor": penalty}
         return solutions, PartReport(part, "solved", f"{len(seen)} new classes", len(sample["weight"]), 0, penalties)
 
@@ -112,9 +113,18 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
     return report
 
 
-def _solve(
+def solve_masks(
     part: str, sample: dict[str, torch.Tensor], seen: list[int], writer: RowWriter, settings: FitSettings
 ) -> tuple[list[Solution], float]:
+    """Solve rows of some classes of a mask predictor; return them and the penalty.
+
+    Args:
+        part: the predictor's name in the model.
+        sample: ``x``, ``inside``, ``label``, ``weight`` and ``held``, (n, ...), of :func:`collect_pixels`.
+        seen: the classes.
+        writer: knows the carried ones.
+        settings: the penalties to choose from.
+    """
     layout = writer.layouts[f"{part}.weight"]
     weight, bias = writer.value(f"{part}.weight").to(sample["x"].device), writer.value(f"{part}.bias").to(sample["x"])
     label, inside = sample["label"], sample["inside"][:, None]

@@ -7,14 +7,13 @@ C   channels of the layer's input
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, ImageList, pairwise_iou
-from torch import nn
 
+from ..modeling.keep_proposals import inputs_of, why_not_second
 from .anchors import solve_anchor_boxes
 from .images import ImageStream, View
 from .reservoir import Reservoir, sample_view
@@ -26,28 +25,6 @@ from .solvers import KEEP_LOSS, Frame, Problem, logistic_rows
 OBJECT, CLUTTER = 1, 0
 """Strata: cells where some anchor is an object, and all others."""
 CELLS_PER_VIEW = 512
-
-
-@contextmanager
-def inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Record what ``module`` is called with, in order, while the context is open."""
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def why_not(rpn: Any) -> str | None:
-    """Say why this proposal generator cannot be solved; ``None`` where it can."""
-    head = getattr(rpn, "rpn_head", None)
-    layers = [getattr(head, name, None) for name in ("objectness_logits", "anchor_deltas")]
-    if not all(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) for layer in layers):
-        return "its last layers are not 1x1 convolutions named objectness_logits and anchor_deltas"
-    if rpn.anchor_generator.box_dim != 4:
-        return "its boxes are rotated"
-    return None
 
 
 def proposals_of(rpn: Any, view: View, limit: int) -> Boxes:
@@ -64,6 +41,11 @@ def _image_list(view: View) -> ImageList:
 
 def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
     """Measure the share of objects that a proposal covers, mean over IoU 0.5, 0.55 ... 0.95, over all processes."""
+    return float(recalls(rpn, views, limit).mean())
+
+
+def recalls(rpn: Any, views: Iterator[View], limit: int) -> torch.Tensor:
+    """Measure the shares (10,) of objects that a proposal covers by 0.5, 0.55 ... 0.95, over all processes."""
     thresholds = torch.arange(0.5, 1.0, 0.05)
     hits = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
     for view in views:
@@ -73,7 +55,7 @@ def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
             hits[:-1] += (best[:, None] >= thresholds).sum(0)
         hits[-1] += len(view.truth)
     hits = summed(hits)
-    return float(hits[:-1].double().mean() / max(int(hits[-1]), 1))
+    return hits[:-1].double() / max(int(hits[-1]), 1)
 
 
 def collect_anchors(rpn: Any, views: Iterator[View], settings: FitSettings) -> Reservoir:
@@ -175,7 +157,7 @@ def fit_rpn(
         settings: how.
         limit: proposals per image at test time, for recall.
     """
-    problem = why_not(rpn)
+    problem = why_not_second(rpn)
     if problem is not None:
         return PartReport(name, "kept", problem)
     judged = settings.rpn == "auto"

@@ -65,6 +65,11 @@ class TaskHead(nn.Module):
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Compute the mean cross entropy over what is labelled; zero, with a graph, where nothing is.
 
+        The mean is over this process's labels, as stock's losses are over this process's regions. Where one of two
+        processes has all labels of a step, its gradient counts half of what one process would make of both halves,
+        because DDP takes the mean over processes. A common count would need an exchange in every step, and would hang
+        whatever calls the model in one process only, as the doctor and hooks of one's own do.
+
         Args:
             logits: (N, K).
             labels: (N,) int64 with :data:`MISSING`, or for several labels (N, K) of 0, 1 and :data:`MISSING`.

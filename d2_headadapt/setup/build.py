@@ -12,8 +12,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
+from ..config.keep import KeepSettings
 from ..errors import ConfigError, HeadAdaptError
 from ..key import MODEL
+from ..modeling.keep_model import attach_keep
 
 
 @contextmanager
@@ -65,4 +67,4 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
         except (NotImplementedError, RuntimeError):
             on_meta.MODEL.DEVICE = "cpu"
             model = build_model(on_meta)
-    return model
+    return attach_keep(model, KeepSettings.from_config(cfg))

@@ -16,11 +16,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from ..adapt.classes import ClassTable
+from ..config.keep import KeepSettings
 from ..config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
 from ..errors import ConfigError, UsageError
 from ..key import DATASETS, INPUT, YAML, Form, form_of
+from ..modeling.keep_model import attach_keep
 from .build import build_on_meta, building
 from .lazy.loading import load_lazy_config
 from .lazy.mirror import mirror_of
@@ -53,6 +55,10 @@ class Recipe:
 
     def build(self) -> nn.Module:
         """Build the model on ``MODEL.DEVICE``, as its constructors leave it, with the settings attached."""
+        return attach_keep(self.build_base(), KeepSettings.from_config(self.config))
+
+    def build_base(self) -> nn.Module:
+        """Build the model without the classes that ``MODEL.HEAD_ADAPT.KEEP`` adds."""
         with building():
             model: nn.Module = build_model(self.config)
         attach_settings(model, self.settings)
@@ -117,7 +123,7 @@ class LazyRecipe(Recipe):
 
     lazy: DictConfig
 
-    def build(self) -> nn.Module:
+    def build_base(self) -> nn.Module:
         model: nn.Module = built(self.lazy.model, "model")
         return model.to(self.config.MODEL.DEVICE)
 

@@ -26,6 +26,7 @@ from ..errors import ConfigError, DatasetError, UsageError
 from ..key import DATASETS, HEAD_ADAPT, MODEL, TASKS, YAML
 from ..modeling.text.preflight import refuse_text
 from .components import add_component_keys, import_components
+from .keep import check_labels, settle_keep
 from .task_checks import check_tasks
 
 logger = logging.getLogger(__name__)
@@ -276,15 +277,18 @@ def settle_config(
     """
     _refuse_none(cfg)
     register_datasets(cfg.DATASETS.REGISTER)
+    keeps = settle_keep(cfg, required=required and reads_labels)
     check_tasks(cfg)
     settle_tasks(cfg, required=required and reads_labels)
     say_unused_tasks(cfg)
     named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
     settings = AdaptSettings.from_config(cfg, required=required and (reads_labels or not named))
-    for space in named if not reads_labels else ():
+    for space in named if not reads_labels and not keeps else ():
         _say_what_wins(cfg, settings.target[space], space)
-    if reads_labels:
+    if reads_labels and keeps:
+        check_labels(cfg)
+    elif reads_labels:
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             for space, table in settings.target.items():
                 if dataset_table(name, space) is not None:

@@ -164,7 +164,7 @@ def json_without_categories(p: Place) -> None:
 def duplicate_names(p: Place) -> None:
     p.datasets()
     data = json.loads((p.folder / "d.json").read_text())
-    data["categories"][0]["name"] = data["categories"][1]["name"].upper()
+    data["categories"][1]["name"] = data["categories"][0]["name"]
     (p.folder / "d.json").write_text(json.dumps(data))
 
 
@@ -205,15 +205,14 @@ BAD: list[tuple[Callable[[Place], None], str, str]] = [
     (entry_with_unknown_key, "DATASETS.REGISTER[0]", "found 'image'.*Nearest: 'images'"),
     (damaged_json, "d.json", "expected a COCO json"),
     (json_without_categories, "d.json", "expected a COCO json"),
-    (duplicate_names, "d2ha_bad_train", "names that differ.*'CLASS 3'|names that differ.*'ZEBRA'"),
+    (duplicate_names, "d2ha_bad_train", "expected different names, found '(class 3|zebra)' twice"),
     (names_file_that_is_missing, TARGET, "'classes.txt', which is a file that is not there"),
     (names_file_of_another_kind, TARGET, "expected a .json or .txt file"),
     (names_file_without_names, TARGET, "expected a list of names"),
-    (key(TARGET, "['cat', 'Cat']"), TARGET, "names that differ.*found 'cat' and 'Cat'"),
     (key(TARGET, "['cat', 'cat']"), TARGET, "'cat' twice"),
     (key(TARGET, "[]"), TARGET, "at least one class name"),
     (key(TARGET, "['cat', '']"), f"{TARGET}, class 1", "expected a name"),
-    (key(TARGET, "[1, 2]"), f"{TARGET}, class 0", "Put it in quotes: '1'"),
+    (key(TARGET, "[1.5, 2]"), f"{TARGET}, class 0", "Put it in quotes: '1.5'"),
     (key(TARGET, "80"), TARGET, "found 80 .int.*quotes"),
     (key(TARGET, "class 3, zebra"), TARGET, r"Names are written as a list: .*\['class 3', 'zebra'\]"),
     (key(SOURCE, "cocoo"), SOURCE, "Vocabularies: coco"),

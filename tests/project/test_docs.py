@@ -274,10 +274,9 @@ QUOTED = [
     ),
     (
         "more_classes",
-        "expected names that differ after case, spaces, hyphens and underscores are normalised, "
-        "found 'Star' and 'star'",
+        "expected different names, found 'star' twice",
         ("", ""),
-        ["d2-headadapt", "plan", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "['Star', 'star']"],
+        ["d2-headadapt", "plan", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "['star', 'star']"],
     ),
     (
         "several_tasks",
@@ -290,6 +289,12 @@ QUOTED = [
         "expected a row for each of the 2 classes ... found none for rabbit among its 7 rows",
         ("", ""),
         ["d2-headadapt", "plan", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "['disc', 'rabbit']"],
+    ),
+    (
+        "keep",
+        "expected a name that the base does not have in another spelling",
+        ("", ""),
+        ["d2-headadapt", "extend", "--output", "x.pth", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "['Disc', 'moon']"],
     ),
     (
         "other_names",

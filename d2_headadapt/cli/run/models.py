@@ -12,9 +12,12 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...config.keep import KeepSettings
 from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
 from ...data.datasets import register_datasets
 from ...data.task_datasets import settle_tasks
+from ...modeling.keep_model import attach_keep
+from ...setup.keep import settle_keep
 from ...setup.task_checks import TWINS, check_tasks
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class Architecture:
             kwargs["cfg"] = own
         model: nn.Module = self.stock(*args, **kwargs)
         attach_settings(model, settings)
-        return model
+        return attach_keep(model, KeepSettings.from_config(own))
 
     def __getattr__(self, name: str) -> Any:
         if name == "stock":  # Of a copy that is being made.
@@ -72,6 +75,7 @@ def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
     register_datasets(cfg.DATASETS.REGISTER)
     own = cfg.clone()
     own.defrost()
+    keeps = settle_keep(own)
     if own.MODEL.TASKS:
         check_tasks(own)
         settle_tasks(own)
@@ -79,7 +83,7 @@ def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
     lines = apply_num_classes(own, settings.target)
     for line in lines:
         logger.info(line)
-    if not lines and not own.MODEL.TASKS:
+    if not lines and not own.MODEL.TASKS and not keeps:
         return cfg, settings
     if cfg.is_frozen():
         own.freeze()
