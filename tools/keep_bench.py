@@ -31,11 +31,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from d2_headadapt import HeadAdaptCheckpointer, Trainer
-from d2_headadapt.data.datasets import register_datasets
-from d2_headadapt.evaluation.build import build_evaluator
+from d2_headadapt import HeadAdaptCheckpointer, Trainer, load_config, resolve_config
+from d2_headadapt.data import register_datasets
+from d2_headadapt.engine import build_evaluator
 from d2_headadapt.fit import FitSettings, fit_new_rows, mapper_at_test_size, training_dicts
-from d2_headadapt.setup.yaml import load_config, resolve_config
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("D2HA_REAL") or ROOT.parent / "shared" / "real").resolve()

@@ -21,6 +21,8 @@ SPACES = ("thing", "stuff", "keypoint")
 KEY_SUFFIXES = {"thing": "", "stuff": "_STUFF", "keypoint": "_KEYPOINT"}
 """How the config keys of a label space end."""
 
+_UNNAMED = "unnamed row"
+
 _SEPARATORS = str.maketrans("-_", "  ")
 
 
@@ -35,6 +37,12 @@ def normalise(name: str) -> str:
         name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
         name = "".join(c for c in name if unicodedata.category(c) != "Cf")
     return " ".join(name.translate(_SEPARATORS).casefold().split())
+
+
+def is_unnamed(name: str) -> bool:
+    """Tell whether a name only says which row of a head has none, see :meth:`ClassTable.padded`."""
+    start, _, number = name.rpartition(" ")
+    return start == _UNNAMED and number.isdecimal()
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
@@ -104,6 +112,22 @@ class ClassTable:
         for i, name in enumerate(self.names):
             found.setdefault(normalise(name), []).append(i)
         return {key: owners[0] for key, owners in found.items() if key and len(owners) == 1}
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names but those of :meth:`padded`."""
+        return tuple(name for name in self.names if not is_unnamed(name))
+
+    def padded(self, count: int) -> ClassTable:
+        """Make the table of a head of ``count`` classes: the first have these names, the rest have none.
+
+        Example:
+            >>> from d2_headadapt import ClassTable
+            >>> table = ClassTable(["ant", "bee"]).padded(3)
+            >>> table.names, table.named
+            (('ant', 'bee', 'unnamed row 2'), ('ant', 'bee'))
+        """
+        return ClassTable((*self.names, *(f"{_UNNAMED} {i}" for i in range(len(self), count))), self.origin)
 
     def find(self, name: str) -> int | None:
         """Find the index of ``name``: exactly, else up to normalisation where that is one class; else ``None``."""

@@ -1,7 +1,8 @@
 """The layouts of detectron2's own heads, and of its PointRend, DeepLab and Panoptic-DeepLab projects.
 
 Each function reads one module class of detectron2 (named in its docstring) and says where its classes are. Functions
-are entered under class names, so that nothing here imports a project that may not be installed.
+are entered under the paths of classes, so that nothing here imports a project that may not be installed, and with the
+attributes that they read: a project's own class of the same name, and a subclass that is another head, have none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..key import MODEL, Key
 from .layouts import HeadLayout
-from .registry import ModuleContext, register_by_class_name
+from .registry import ModuleContext, register_by_path
 
 # For the package's face: whoever asks for layouts has those of detectron2 entered.
 from .registry import layouts_of as layouts_of
@@ -60,7 +61,9 @@ def declare_agnostic(model: nn.Module, keys: Collection[Key]) -> None:
                 module.cls_agnostic = True  # type: ignore[assignment]
 
 
-@register_by_class_name("FastRCNNOutputLayers")
+@register_by_path(
+    "detectron2.modeling.roi_heads.fast_rcnn.FastRCNNOutputLayers", needs=("box2box_transform.weights", "num_classes")
+)
 def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """Describe ``roi_heads/fast_rcnn.py``: K + 1 rows with background last, boxes class-major (4, or 5 rotated)."""
     group = _thing_group(context)
@@ -77,7 +80,7 @@ def fast_rcnn_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
     yield HeadLayout(f"{context.name}.fed_loss_cls_weights".lstrip("."), "thing", group, "fed_loss", rebuilt=True)
 
 
-@register_by_class_name("MaskRCNNConvUpsampleHead")
+@register_by_path("detectron2.modeling.roi_heads.mask_head.MaskRCNNConvUpsampleHead", needs=("predictor.out_channels",))
 def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """Describe ``modeling/roi_heads/mask_head.py``: one output channel per class, or one in all."""
     owner = context.owner(*ROI_HEADS)
@@ -87,7 +90,9 @@ def mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     yield from _pair(context, "predictor", "thing", _thing_group(context), part="mask_head", axes=axes, by_choice=True)
 
 
-@register_by_class_name("RetinaNetHead")
+@register_by_path(
+    "detectron2.modeling.meta_arch.retinanet.RetinaNetHead", needs=("cls_score", "bbox_pred.out_channels")
+)
 def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """Describe ``meta_arch/retinanet.py`` and ``fcos.py``: row = anchor x K + class; boxes are class-agnostic."""
     anchors = module.bbox_pred.out_channels // 4
@@ -96,7 +101,7 @@ def retinanet_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayou
     yield from _pair(context, "bbox_pred", "thing", group, part="head", axes=(), rows_per_class=4, groups=anchors)
 
 
-@register_by_class_name("KRCNNConvDeconvUpsampleHead")
+@register_by_path("detectron2.modeling.roi_heads.keypoint_head.KRCNNConvDeconvUpsampleHead", needs=("score_lowres",))
 def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """Describe ``roi_heads/keypoint_head.py``: a transposed convolution, so output channels are axis 1."""
     weight, bias = _pair(context, "score_lowres", "keypoint", context.name or "keypoint", part="keypoint_head")
@@ -104,7 +109,11 @@ def keypoint_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
     yield bias
 
 
-@register_by_class_name("SemSegFPNHead", "DeepLabV3Head", "DeepLabV3PlusHead")
+@register_by_path(
+    "detectron2.modeling.meta_arch.semantic_seg.SemSegFPNHead",
+    "deeplab.semantic_seg.DeepLabV3Head",
+    "deeplab.semantic_seg.DeepLabV3PlusHead",
+)
 def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """Describe ``meta_arch/semantic_seg.py`` and DeepLab: one channel per class, no background row."""
     if isinstance(getattr(module, "predictor", None), nn.Module):
@@ -113,7 +122,7 @@ def semantic_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout
         yield from _pair(context, "predictor", "stuff", group or "stuff", part="sem_seg_head")
 
 
-@register_by_class_name("ConvFCHead")
+@register_by_path("point_rend.mask_head.ConvFCHead", needs=("output_shape", "prediction"))
 def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """Describe PointRend's ``mask_head.py``: the last linear layer is viewed as (K, side, side).
 
@@ -132,7 +141,10 @@ def coarse_mask_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLay
     yield from _pair(context, "prediction", "thing", _thing_group(context), part="mask_head", rows_per_class=side)
 
 
-@register_by_class_name("StandardPointHead")
+@register_by_path(
+    "point_rend.point_head.StandardPointHead",
+    needs=("fc_layers", "predictor.out_channels", "predictor.in_channels", "coarse_pred_each_layer"),
+)
 def point_head_layouts(module: Any, context: ModuleContext) -> Iterator[HeadLayout]:
     """Describe PointRend's ``point_head.py``: K coarse channels follow the features in every layer's input."""
     semantic = context.owner("PointRendSemSegHead")

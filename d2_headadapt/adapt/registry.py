@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -9,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from ..errors import LayoutError
+from ..errors import HeadAdaptError, LayoutError
 from .layouts import HeadLayout
 
 
@@ -34,8 +35,29 @@ class ModuleContext:
 
 
 LayoutFunction = Callable[[nn.Module, ModuleContext], Iterable[HeadLayout]]
+PROJECTS = "detectron2.projects."
+"""Where detectron2 installs its projects; a checkout of it imports them without this prefix."""
 
-_BY_CLASS: dict[str, LayoutFunction] = {}
+
+@dataclass(frozen=True)
+class ClassLayout:
+    """A layout function, and what a module of its class needs for it.
+
+    Args:
+        function: describes the module.
+        needs: attributes that it reads, dotted; a subclass that removed one is another head.
+    """
+
+    function: LayoutFunction
+    needs: tuple[str, ...] = ()
+
+    def suits(self, module: nn.Module) -> bool:
+        """Tell whether a module has what the function reads."""
+        return all(_has(module, path) for path in self.needs)
+
+
+_BY_CLASS: dict[str, ClassLayout] = {}
+"""By the class's full path: projects have classes of their own under detectron2's names."""
 _BY_PATTERN: dict[str, HeadLayout] = {}
 
 
@@ -83,7 +105,7 @@ def register_head_layout(
     if isinstance(target, str):
         _BY_PATTERN[target] = HeadLayout(target, space, group or target, "", tuple(axes), rows_per_class, groups, extra)
     elif layout is not None:
-        _BY_CLASS[target.__name__] = layout
+        _BY_CLASS[_path(target)] = ClassLayout(layout)
 
 
 def unregister_head_layout(target: str | type[nn.Module]) -> None:
@@ -91,15 +113,20 @@ def unregister_head_layout(target: str | type[nn.Module]) -> None:
     if isinstance(target, str):
         _BY_PATTERN.pop(target, None)
     else:
-        _BY_CLASS.pop(target.__name__, None)
+        _BY_CLASS.pop(_path(target), None)
 
 
-def register_by_class_name(*names: str) -> Callable[[LayoutFunction], LayoutFunction]:
-    """Enter a layout function for module classes that need not be importable here (detectron2's projects)."""
+def register_by_path(*paths: str, needs: Sequence[str] = ()) -> Callable[[LayoutFunction], LayoutFunction]:
+    """Enter a layout function for module classes that need not be importable here (detectron2's projects).
+
+    Args:
+        paths: module and name of each class, ``detectron2.projects.`` left out.
+        needs: attributes that the function reads, dotted.
+    """
 
     def enter(function: LayoutFunction) -> LayoutFunction:
-        for name in names:
-            _BY_CLASS[name] = function
+        for path in paths:
+            _BY_CLASS[path] = ClassLayout(function, tuple(needs))
         return function
 
     return enter
@@ -109,11 +136,12 @@ def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
     """Find the layouts of every class-dependent tensor of ``model``, in ``state_dict`` order.
 
     A module is described by its own ``head_layouts(context)`` method, else by the function registered for the nearest
-    class in its inheritance; a tensor that a pattern names is described by the pattern. Works on the meta device: only
-    shapes are read.
+    class in its inheritance; a tensor that a pattern names is described by the pattern. A class is known by its module
+    and its name. Works on the meta device: only shapes are read.
 
     Raises:
-        LayoutError: a pattern that matches no tensor, or a layout that does not describe its tensor.
+        LayoutError: a pattern that matches no tensor, a layout that does not describe its tensor, or a function that
+            raises.
 
     Example:
         >>> from detectron2.layers import ShapeSpec
@@ -135,9 +163,7 @@ def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
     for context, module in _walk(model):
         function = _function_for(module)
         if function is not None:
-            for layout in function(module, context):
-                if layout.tensor in shapes:
-                    found[layout.tensor] = layout
+            found.update({x.tensor: x for x in _called(function, module, context) if x.tensor in shapes})
     for pattern, layout in _BY_PATTERN.items():
         matched = [name for name in shapes if fnmatchcase(name, pattern)]
         if not matched:
@@ -163,8 +189,36 @@ def layouts_of(model: nn.Module) -> tuple[HeadLayout, ...]:
 def has_layout(cls: object) -> bool:
     """Tell whether modules of a class describe themselves, or a function is registered for it or a base class."""
     return callable(getattr(cls, "head_layouts", None)) or any(
-        base.__name__ in _BY_CLASS for base in getattr(cls, "__mro__", ())
+        _path(base) in _BY_CLASS for base in getattr(cls, "__mro__", ())
     )
+
+
+def _called(function: LayoutFunction, module: nn.Module, context: ModuleContext) -> list[HeadLayout]:
+    try:
+        return list(function(module, context))
+    except HeadAdaptError:
+        raise
+    except Exception as exc:  # A user's own function may raise anything; the line of code is named, the cause is kept.
+        last = traceback.extract_tb(exc.__traceback__)[-1]
+        found = " ".join(f"{type(exc).__name__}: {exc}".split())
+        raise LayoutError(
+            f"layout of {context.name or 'the model'}, {_path(type(module))}",
+            expected="a function that describes this module",
+            found=f"{found} (line {last.lineno} of {last.filename})",
+            fix="Correct head_layouts of the class, or the function that register_head_layout was given for it.",
+        ) from exc
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__.removeprefix(PROJECTS)}.{cls.__qualname__}"
+
+
+def _has(module: object, path: str) -> bool:
+    for name in path.split("."):
+        if not hasattr(module, name):
+            return False
+        module = getattr(module, name)
+    return True
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[ModuleContext, nn.Module]]:
@@ -186,6 +240,7 @@ def _function_for(module: nn.Module) -> LayoutFunction | None:
     if callable(getattr(module, "head_layouts", None)):
         return lambda described, context: described.head_layouts(context)  # type: ignore[operator]
     for cls in type(module).__mro__:
-        if cls.__name__ in _BY_CLASS:
-            return _BY_CLASS[cls.__name__]
+        known = _BY_CLASS.get(_path(cls))
+        if known is not None:
+            return known.function if known.suits(module) else None
     return None

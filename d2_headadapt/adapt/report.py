@@ -12,7 +12,7 @@ from tabulate import tabulate
 from ..errors import Finding, PlanRefused, Severity, visible
 from ..key import Key
 from .causes import Cause, Why, sentence
-from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
+from .classes import SPACES, ClassMap, ClassTable, is_unnamed, normalise, shorten
 from .plan import ACTIONS, AdaptPlan, TensorPlan
 from .planner import source_key
 
@@ -62,13 +62,17 @@ def summary_line(plan: AdaptPlan) -> str:
         source, target = plan.source.get(space), plan.target.get(space)
         if target is None:
             continue
-        words = [f"{count['carried']} of {len(target)} {space} classes carried"]
+        found, new = plan.class_map(space), _new_names(plan, space)
+        carried = len(_names(target, (t for t, _ in found.carried))) if found is not None else count["carried"]
+        words = [f"{carried} of {len(target.named)} {space} classes carried"]
         if source is not None:
             words[0] += f" from {source.origin} ({len(source)})"
-        if count["new"]:
-            words.append(f"{count['new']} new ({shorten(_new_names(plan, space))})")
+        if new:
+            words.append(f"{len(new)} new ({shorten(new)})")
         if count["dropped"]:
             words.append(f"{count['dropped']} dropped")
+        if len(target.named) < len(target):
+            words.append(f"{_count(len(target) - len(target.named), 'row')} without a name")
         parts.append(", ".join(words))
     parts += [f"task {space} is not in the model" for space in removed_tasks(plan)]
     unverified = sum(not t.verified and t.action == "copied" for t in plan.tensors)
@@ -301,12 +305,12 @@ def _new_names(plan: AdaptPlan, space: str) -> list[str]:
     """List the classes that no head of the space finds in the file; a head missing from the file has its own notice."""
     found = plan.class_map(space)
     if found is None:
-        return list(plan.new_classes().get(space, ()))
+        return [name for name in plan.new_classes().get(space, ()) if not is_unnamed(name)]
     return _names(found.target, found.new)
 
 
 def _names(table: ClassTable, indices: Iterable[int]) -> list[str]:
-    return [visible(table.names[i]) for i in indices]
+    return [visible(table.names[i]) for i in indices if not is_unnamed(table.names[i])]
 
 
 def _count(number: int, what: str) -> str:

@@ -18,9 +18,10 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from ..adapt.causes import Cause
+from ..adapt.classes import shorten
 from ..adapt.plan import AdaptPlan
 from ..adapt.registry import layouts_of
-from ..adapt.report import discarded_heads, plan_json, plan_notices, plan_table, summary_line
+from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
@@ -97,6 +98,14 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
             save_to_disk, checkpointables: as in ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.begin(settings)
+
+    def begin(self, settings: AdaptSettings | None) -> None:
+        """Do what the constructor does beyond the parent's; for subclasses that call another constructor.
+
+        Args:
+            settings: as for the constructor.
+        """
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None
@@ -287,9 +296,13 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         for notice in plan_notices(plan):
             if notice.code == "unverified":
                 self.logger.warning("unverified: %s: %s; type: %s", notice.where, notice.found, notice.type_this)
-        for notice in discarded_heads(plan):
-            command = f"; type: {notice.type_this}" if notice.type_this else ""
-            self.logger.warning("not loaded: %s: %s%s", notice.where, notice.found, command)
+            elif notice.code == "initialised":
+                command = f"; type: {notice.type_this}" if notice.type_this else ""
+                self.logger.warning("not loaded: %s: %s%s", notice.where, notice.found, command)
+        drawn = [t.name for t in plan.by_action("kept") if t.target_shape and not t.cause.meant and not t.cause.by_user]
+        if drawn:
+            # Stock warns of parameters that are not in the file, and of shapes that differ.
+            self.logger.warning("%d tensors keep the model's initial values: %s", len(drawn), shorten(drawn, 3))
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:

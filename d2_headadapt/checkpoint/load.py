@@ -26,7 +26,7 @@ from ..adapt.vocabularies import zoo_tables
 from ..config.settings import AdaptSettings
 from ..errors import CheckpointFileError, NotFetchedError, PlanRefused, visible
 from ..files import read_checkpoint, shapes_of, verify_tensors
-from ..key import HEAD_ADAPT, MODEL
+from ..key import HEAD_ADAPT, MODEL, Key
 from ..modeling.text.nearest import NearestRows, plan_nearest
 from ..modeling.text.predictor import FACTS, refuse_other_text
 from .keys import SettledNames, left_out, rename, settle_names
@@ -162,7 +162,7 @@ def prepare_load(
     say(plan, made.unused)
     if nearest.neighbours:
         logger.info("%s", nearest.line())
-    refuse_plan(plan, settings.min_coverage, request.path)
+    refuse_plan(plan, settings.min_coverage, request.path, as_stock=settings.as_stock)
     refuse_other_text(model, plan, made.tensors, made.known.extra.get(FACTS), request.path)
     resumed = {key: checkpoint[key] for key in sorted(request.resumes & checkpoint.keys())}
     if resumed:
@@ -207,15 +207,16 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     known = known.renamed({file: name for name, file in settled.file_names.items()})
     declare_agnostic(model, settings.agnostic)
     layouts = layouts_of(model)
-    for space in sorted(set(settings.source) - {layout.space for layout in layouts}):
-        logger.info("%s is set, but the model has no %s head.", source_key(space), space)
-    sources = {**(zoo_tables(request.path) or {}), **known.tables, **settings.source}
+    say_other_spaces(settings.source, layouts)
+    own_words = {**(zoo_tables(request.path) or {}), **known.tables}
+    targets = _targets(settings, own_words, known, layouts, shapes)
+    sources = {**own_words, **_padded(settings.source, targets, layouts, shapes_of(settled.tensors))}
     plan = plan_adaptation(
         shapes_of(settled.tensors),
         shapes,
         layouts,
         source_tables=sources,
-        target_tables=_targets(settings, known, layouts, shapes),
+        target_tables=targets,
         source_layouts=known.layouts,
         aliases=settings.aliases,
         match=settings.match,
@@ -242,15 +243,58 @@ def settle_checkpoint(
 
 
 def _targets(
-    settings: AdaptSettings, known: Provenance, layouts: Sequence[HeadLayout], shapes: Mapping[str, tuple[int, ...]]
+    settings: AdaptSettings,
+    own_words: Mapping[str, ClassTable],
+    known: Provenance,
+    layouts: Sequence[HeadLayout],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, ClassTable]:
     """Take the user's target tables, and the file's for spaces without one, where the model was built for it."""
     targets = dict(settings.target)
-    for space, table in known.tables.items():
+    for space, table in own_words.items():
         mine = [x for x in layouts if x.space == space and not x.rebuilt]
-        if space not in targets and all(x.fits(shapes[x.tensor], len(table)) for x in mine):
+        guessed = space in settings.yields and space not in settings.source
+        asked = space in known.tables and space not in targets
+        if (guessed or asked) and all(x.fits(shapes[x.tensor], len(table)) for x in mine):
             targets[space] = table
     return targets
+
+
+def _padded(
+    named: Mapping[str, ClassTable],
+    targets: Mapping[str, ClassTable],
+    layouts: Sequence[HeadLayout],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, ClassTable]:
+    """Source tables; one that is too short is padded where the model's is, and the file has as many rows."""
+    found = dict(named)
+    for space, table in named.items():
+        target = targets.get(space)
+        mine = [x for x in layouts if x.space == space and x.class_axes and not x.rebuilt and x.tensor in shapes]
+        if target is None or len(target.named) == len(target) or len(table) >= len(target) or not mine:
+            continue
+        if all(x.fits(shapes[x.tensor], len(target)) for x in mine):
+            found[space] = table.padded(len(target))
+    return found
+
+
+def say_other_spaces(
+    named: Iterable[str], layouts: Iterable[HeadLayout], key: Callable[[str], Key] = source_key
+) -> None:
+    """Say which keys name classes of a label space that the model has no head for, and which key would be read.
+
+    Args:
+        named: label spaces whose key is set.
+        layouts: of the model.
+        key: the config key of a label space.
+    """
+    has = sorted({layout.space for layout in layouts})
+    for space in sorted(set(named) - set(has)):
+        if has:
+            read = ", ".join(str(key(one)) for one in has)
+            logger.warning("%s is set and not used: the model has no %s head. It reads %s.", key(space), space, read)
+        else:
+            logger.warning("%s is set and not used: no tensor is known to have %s classes.", key(space), space)
 
 
 def read_weights(path: str, *, trust: bool) -> tuple[dict[str, Any], str]:
@@ -299,9 +343,25 @@ def say_unused(unused: Iterable[UnusedKey]) -> None:
         logger.log(logging.WARNING if key.cause is Unused.FILE_SAYS else logging.INFO, "%s", key.sentence())
 
 
-def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
-    """Raise where a plan holds a refused tensor, loads nothing, or covers too little of the file."""
+def refuse_plan(plan: AdaptPlan, min_coverage: float, origin: str, *, as_stock: bool = False) -> None:
+    """Raise where a plan holds a refused tensor, loads nothing, or covers too little of the file.
+
+    Args:
+        plan: of the load.
+        min_coverage: least share of the file's tensors.
+        origin: the file, for messages.
+        as_stock: warn of the latter two in place of raising.
+    """
     plan.raise_if_refused()
+    try:
+        _refuse_little(plan, min_coverage, origin)
+    except PlanRefused as exc:
+        if not as_stock:
+            raise
+        logger.warning("Loaded all the same, as detectron2 does: %s", exc)
+
+
+def _refuse_little(plan: AdaptPlan, min_coverage: float, origin: str) -> None:
     parts = ", ".join(f"{name} {found}/{total}" for name, (found, total) in plan.coverage_by_submodule().items())
     if plan.loads_nothing:
         raise PlanRefused(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from ..adapt.classes import is_unnamed
 from ..adapt.plan import AdaptPlan
 from .provenance import UNTRAINED_ROWS, Provenance
 
@@ -20,7 +21,8 @@ def untrained_classes(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str
             found.setdefault(space, set()).update(
                 classes.target.names[t] for t, s in pairs if classes.source.names[s] in names
             )
-    return {space: tuple(sorted(names)) for space, names in found.items() if names}
+    named = {space: sorted(name for name in names if not is_unnamed(name)) for space, names in found.items()}
+    return {space: tuple(names) for space, names in named.items() if names}
 
 
 def untrained_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, ...]]:
@@ -31,7 +33,7 @@ def untrained_rows(plan: AdaptPlan, known: Provenance) -> dict[str, tuple[str, .
         table, classes = plan.target.get(t.space or ""), plan.class_map(t.space or "")
         if table is None:
             continue
-        names = {table.names[k] for k in t.new}
+        names = {table.names[k] for k in t.new if not is_unnamed(table.names[k])}
         listed = stored.get(t.name, ()) if isinstance(stored, Mapping) else ()
         if classes is not None and t.action != "initialised":
             names |= {table.names[a] for a, b in classes.carried if classes.source.names[b] in listed}

@@ -244,5 +244,5 @@ def _predictor(
 def run_existing(args: argparse.Namespace) -> int:
     """Run an existing script with this package in place."""
     opts = [word for pair in args.opts for word in pair]
-    run_script(args.script, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads))
+    run_script(args.script, Adoption(tuple(opts), tuple(args.imports), args.fit, args.heads, args.plan))
     return 0

@@ -207,6 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_import_argument(command)
     command.add_argument("--fit", action="store_true", help="DefaultTrainer solves new rows before its first iteration")
     command.add_argument("--heads", action="store_true", help="this package's ROI heads where the config names stock's")
+    command.add_argument("--plan", action="store_true", help="end at the first load, and print what it would do")
     command.add_argument(
         "--set",
         dest="opts",

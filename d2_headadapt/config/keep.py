@@ -39,6 +39,10 @@ class PackSpec:
     def from_plain(cls, data: Any, where: Words) -> PackSpec:
         """Read :meth:`to_plain`'s form.
 
+        Args:
+            data: as a file holds it.
+            where: the file and place, for messages.
+
         Raises:
             ConfigError: it is another form.
         """
@@ -131,7 +135,7 @@ class KeepSettings:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> KeepSettings | None:
-        """Read the ``KEEP`` keys under ``MODEL.HEAD_ADAPT``, once :mod:`d2_headadapt.setup` settled the classes.
+        """Read the ``KEEP`` keys of ``cfg.MODEL.HEAD_ADAPT``, once :mod:`d2_headadapt.setup` settled the classes.
 
         Returns:
             ``None`` where ``KEEP`` is empty.

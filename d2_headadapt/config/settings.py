@@ -69,6 +69,9 @@ class AdaptSettings:
             is loaded without them, see :mod:`d2_headadapt.checkpoint.source_keys`.
         agnostic: the config keys that make boxes or masks serve all classes, as far as they are set; at one class no
             shape tells. See :func:`d2_headadapt.adapt.detectron2_heads.declare_agnostic`.
+        yields: label spaces whose target table is a guess: the classes that a file names of itself win over it, where
+            the model was built for them and ``source`` does not name them.
+        as_stock: a file that gives the model little or nothing is loaded with a warning, as stock detectron2 does.
 
     Raises:
         ConfigError: tables that are none (:meth:`of` takes plain names), or an unknown choice.
@@ -96,6 +99,8 @@ class AdaptSettings:
     text_names: Any = None
     weights: str = ""
     agnostic: frozenset[Key] = frozenset()
+    yields: frozenset[str] = frozenset()
+    as_stock: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target", "source"):

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..adapt.classes import ClassTable, did_you_mean, nearest
 from ..adapt.vocabularies import has_vocabulary, vocabulary, vocabulary_names
-from ..errors import ClassTableError, ConfigError, DatasetError
+from ..errors import ClassTableError, DatasetError
 from ..key import DATASETS, YAML, Key, Words
 from .categories import keypoint_names, read_categories, read_names
 from .entry import DatasetEntry, checked_entry
@@ -214,27 +214,19 @@ def _names_without_metadata(name: str, key: str, space: str) -> Sequence[str] | 
     return names
 
 
-def training_table(names: Sequence[str], space: str = "thing", *, required: bool = True) -> ClassTable | None:
+def training_table(names: str | Sequence[str], space: str = "thing", *, required: bool = True) -> ClassTable | None:
     """Join the tables of several training datasets to one; those without classes in ``space`` do not count.
 
     Args:
-        names: of ``DATASETS.TRAIN``.
+        names: of ``DATASETS.TRAIN``; one string is one dataset, as for detectron2's loaders.
         space: label space.
         required: raise for a dataset that is not registered or cannot be read; else there is no table then.
 
     Raises:
-        ConfigError: ``names`` is one string; ``("my_train")`` is, without its comma.
         DatasetError: two of the datasets differ in names or order; see :func:`dataset_table` for more.
     """
-    if isinstance(names, str):
-        raise ConfigError(
-            DATASETS.TRAIN,
-            expected="a list of datasets",
-            found=repr(names),
-            fix=f"Write ({names!r},), with the comma.",
-        )
     first: ClassTable | None = None
-    for name in names:
+    for name in (names,) if isinstance(names, str) else names:
         try:
             table = dataset_table(name, space)
         except DatasetError:

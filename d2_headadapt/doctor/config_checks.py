@@ -12,10 +12,11 @@ from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from ..adapt.classes import nearest
 from ..config.settings import NUM_CLASSES_KEYS, with_keys
 from ..data.datasets import check_same_classes, dataset_table
-from ..errors import ConfigError, DatasetError, HeadAdaptError
+from ..errors import ClassTableError, ConfigError, DatasetError, HeadAdaptError
 from ..key import DATASETS, HEAD_ADAPT, MODEL, Key
 from ..setup.task_checks import WITH_ROI_HEADS, check_tasks
 from ..setup.yaml import all_keys
+from .field_checks import class_names
 from .finding import DoctorContext, Finding, Severity, check, finding_of, is_stock
 
 SEGMENTATION = ("SemanticSegmentor", "PanopticFPN", "PanopticDeepLab")
@@ -56,7 +57,9 @@ def registers(context: DoctorContext) -> Iterator[Finding]:
 def names_datasets(context: DoctorContext) -> Iterator[Finding]:
     for key in (DATASETS.TRAIN, DATASETS.TEST):
         names = key.of(context.cfg)
-        if isinstance(names, str):
+        if isinstance(names, str) and key == DATASETS.TRAIN:
+            names = (names,)  # As for detectron2's loaders.
+        elif isinstance(names, str):
             yield Finding(
                 "HA103",
                 "error",
@@ -91,7 +94,9 @@ def names_datasets(context: DoctorContext) -> Iterator[Finding]:
 def settles(context: DoctorContext) -> Iterator[Finding]:
     if _all_registered(context.cfg):
         error = context.failure("settings")
-        if error is not None:
+        # What is wrong with the names of a json, HA211 says with their ids.
+        said = isinstance(error, ClassTableError) and any(f.code == "HA211" for f in class_names(context))
+        if error is not None and not said:
             yield finding_of("HA104", error, where=f"{HEAD_ADAPT}, {DATASETS.TRAIN}")
 
 
@@ -279,8 +284,9 @@ def _one_slip(name: str, other: str) -> bool:
 
 
 def _all_registered(cfg: CfgNode) -> bool:
-    both = (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
-    return all(not isinstance(names, str) and all(name in DatasetCatalog for name in names) for names in both)
+    train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    names = (*((train,) if isinstance(train, str) else train), *test)
+    return not isinstance(test, str) and all(name in DatasetCatalog for name in names)
 
 
 def _rewrites_counts(cfg: CfgNode) -> bool:

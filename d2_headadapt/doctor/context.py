@@ -23,7 +23,7 @@ from ..data.datasets import register_datasets
 from ..data.task_datasets import settle_tasks
 from ..errors import DatasetError, HeadAdaptError
 from ..key import MODEL, Form, form_of
-from ..setup.components import add_component_keys, import_components
+from ..setup.components import add_component_keys, builder_of, import_components
 from ..setup.lazy.loading import load_lazy_config, unresolved
 from ..setup.lazy.mirror import mirror_of
 from ..setup.recipe import LazyRecipe, Recipe, resolved_recipe
@@ -199,12 +199,13 @@ class DoctorContext:
             # Who is ready has a model of its own, with its settings.
             own = AdaptSettings()
             return Recipe(self.ready, own) if self.lazy is None else LazyRecipe(self.ready, own, self.lazy)
+        builder = builder_of(import_components(self.imports))
         # A test set with other classes has its own finding, and hides no mistake of the model.
         for tests in (self.part("registered").DATASETS.TEST, ()):
             cfg = self.part("registered").clone()
             cfg.DATASETS.TEST = tests
             try:
-                return resolved_recipe(cfg, self.lazy)
+                return resolved_recipe(cfg, self.lazy, builder=builder)
             except HeadAdaptError:
                 if not tests:
                     raise
@@ -249,8 +250,10 @@ class DoctorContext:
 
     def _names(self, which: str) -> tuple[str, ...]:
         names = self.part("registered").DATASETS[which]
-        # One string is an error of its own, and its letters are no datasets.
-        return () if isinstance(names, str) else tuple(n for n in names if n in DatasetCatalog)
+        if isinstance(names, str):
+            # Of TRAIN it is one dataset, as for detectron2's loaders; of TEST an error of its own.
+            names = (names,) if which == "TRAIN" else ()
+        return tuple(n for n in names if n in DatasetCatalog)
 
     def json_path(self, name: str) -> str | None:
         """Look up the annotation file of a dataset, where its metadata names one."""

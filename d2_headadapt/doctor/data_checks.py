@@ -198,6 +198,8 @@ def anything_there(context: DoctorContext) -> Iterable[Finding]:
         return
     # Each set by itself: one that gives nothing is as good as left out, and all of them stop detectron2.
     for name, labels in detected(context, context.train_names):
+        if len(labels.category) and (labels.category < 0).all() and (labels.from_json or labels.ids):
+            continue  # HA202 has said what is wrong with every annotation.
         if labels.images and not labels.objects.any():
             crowd = "only crowds (iscrowd 1)" if labels.crowd.any() else "no annotation of a listed image and class"
             others = len(context.train_names) > 1

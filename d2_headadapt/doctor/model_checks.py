@@ -30,9 +30,12 @@ FORWARD_SIDE = 96
 @check("HA501", "the model can be built")
 def builds(context: DoctorContext) -> Iterator[Finding]:
     error = context.failure("model")
-    # Where a component is not registered, HA128 has said it; a LazyConfig names none.
-    if error is not None and (context.is_lazy or not list(components(context))):
-        yield finding_of("HA501", error, where=f"{MODEL.META_ARCHITECTURE.set(context.cfg.MODEL.META_ARCHITECTURE)}")
+    # Where a component is not registered, HA128 has said it, and of pixels HA126; a LazyConfig names no component.
+    model = context.cfg.MODEL if error is not None else None
+    said = model is not None and not context.is_lazy and len(model.PIXEL_MEAN) != len(model.PIXEL_STD)
+    if error is not None and not said and (context.is_lazy or not list(components(context))):
+        where = f"{MODEL.META_ARCHITECTURE.set(context.cfg.MODEL.META_ARCHITECTURE)}"
+        yield finding_of("HA501", error, where=where)
 
 
 @check("HA502", "the modules of the model fit each other", needs=("model",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,10 @@ MOST, LEAST = 4.0, 0.001
 """Beyond so many times the rule SGD rarely survives; below, nothing would move.
 
 AdamW's usual 1e-4 at 16 images is 0.005 times the rule."""
+SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+"""The names that detectron2's ``build_lr_scheduler`` knows."""
+SLIP = 0.9
+"""Names that are so alike (difflib's ratio) differ by a slip of the keyboard."""
 OKS_SIGMAS = 17
 """pycocotools brings the sigmas of COCO's 17 keypoints."""
 
@@ -85,6 +90,10 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
     cfg.defrost()
     # Those beyond the end are left out by detectron2 too, with a line that HA123 says better.
     cfg.SOLVER.STEPS = tuple(step for step in _steps(cfg) if step <= solver.MAX_ITER)
+    name = str(solver.LR_SCHEDULER_NAME)
+    if name not in SCHEDULERS:
+        yield _own_scheduler(name)
+        return
     try:
         build_lr_scheduler(cfg, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
     except Exception as error:
@@ -93,6 +102,21 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(
             "HA122", "error", ConfigError(SOLVER, found=text, expected="a schedule that detectron2 can build", fix=fix)
         )
+
+
+def _own_scheduler(name: str) -> Finding:
+    """Find a name that detectron2 does not know: a trainer's own ``build_lr_scheduler`` may, unless it is a slip."""
+    meant = difflib.get_close_matches(name, SCHEDULERS, n=1, cutoff=SLIP)
+    return Finding(
+        "HA122",
+        "error" if meant else "warning",
+        ConfigError(
+            SOLVER.LR_SCHEDULER_NAME,
+            found=f"{name!r}, which detectron2 cannot build",
+            expected=f"one of {', '.join(SCHEDULERS)}, or a trainer with a build_lr_scheduler of its own",
+            fix=f"Write {SOLVER.LR_SCHEDULER_NAME.write((meant or SCHEDULERS)[0])}, unless your trainer builds {name}.",
+        ),
+    )
 
 
 def _lazy_schedule(lazy: DictConfig) -> Iterator[Finding]:
@@ -207,11 +231,18 @@ def pixels(context: DoctorContext) -> Iterator[Finding]:
     cfg = context.cfg
     mean, std, form = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT
     if form not in ("BGR", "YUV-BT.601", *Image.MODES):
-        fix = f"Write {INPUT.FORMAT.write('BGR')}.{did_you_mean(str(form), ['BGR', 'RGB', 'L'])}"
+        # A mapper of the user's own may read anything.
+        near = did_you_mean(str(form), ["BGR", "RGB", "L"])
+        error = ConfigError(
+            INPUT.FORMAT,
+            found=f"{form!r}, which detectron2's own mapper cannot read",
+            expected="BGR, RGB, L or another mode of Pillow, or a mapper of your own that reads it",
+            fix=f"Write {INPUT.FORMAT.write('BGR')}, unless your mapper reads it.{near}",
+        )
         yield Finding(
             "HA126",
-            "error",
-            ConfigError(INPUT.FORMAT, found=repr(form), expected="BGR, RGB, L or another mode of Pillow", fix=fix),
+            "warning",
+            error,
         )
     if len(mean) != len(std):
         yield Finding(

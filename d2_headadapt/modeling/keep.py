@@ -347,7 +347,7 @@ class Keep(nn.Module):
         return self._rpn[0]
 
     def train(self, mode: bool = True) -> Keep:
-        """Like the parent's, of the packs that this session trains."""
+        """Switch mode like the parent, of the packs that this session trains."""
         super().train(mode)
         for i, pack in enumerate(self.packs):
             pack.train(mode and i in self.settings.trained)
@@ -371,7 +371,7 @@ class KeptModel:
     """Put before a model's class: everything old stays in evaluation mode, whatever ``train`` is told."""
 
     def train(self, mode: bool = True) -> Any:
-        """Like the parent's, of the packs alone: no running mean moves and no dropout is drawn in the old path."""
+        """Switch mode of the packs alone: no running mean moves and no dropout is drawn in the old path."""
         super().train(mode)  # type: ignore[misc]
         for module in self.modules():  # type: ignore[attr-defined]
             module.training = False
@@ -389,7 +389,7 @@ class KeptROIHeads:
         self, images: Any, features: dict[str, torch.Tensor], proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:  # fmt: skip
-        """Detect; where there are targets, which only training gives, compute the losses of the packs."""
+        """Detect; with targets, which only training gives, compute the losses of the packs."""
         if targets is not None:
             losses: dict[str, torch.Tensor] = {}
             for i in self.keep.settings.trained:

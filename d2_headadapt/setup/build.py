@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -48,11 +48,12 @@ def building() -> Iterator[None]:
         ) from exc
 
 
-def build_on_meta(cfg: CfgNode) -> nn.Module:
+def build_on_meta(cfg: CfgNode, build: Callable[[CfgNode], nn.Module] = build_model) -> nn.Module:
     """Build a model's names and shapes without its memory; on the CPU where a module does not build on the meta device.
 
     Args:
         cfg: of any model; its device does not matter.
+        build: the project's own builder, where it has one.
 
     Raises:
         ConfigError: it cannot be built.
@@ -63,8 +64,8 @@ def build_on_meta(cfg: CfgNode) -> nn.Module:
     with building():
         try:
             with torch.device("meta"):
-                model: nn.Module = build_model(on_meta)
+                model: nn.Module = build(on_meta)
         except (NotImplementedError, RuntimeError):
             on_meta.MODEL.DEVICE = "cpu"
-            model = build_model(on_meta)
+            model = build(on_meta)
     return attach_keep(model, KeepSettings.from_config(cfg))

@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
 
 from ..errors import UsageError
 
@@ -32,6 +34,25 @@ def add_component_keys(cfg: CfgNode, modules: Sequence[ModuleType]) -> None:
         for name in sorted(vars(module)):
             if name.startswith("add_") and name.endswith("_config") and callable(getattr(module, name)):
                 getattr(module, name)(cfg)
+
+
+def builder_of(modules: Sequence[ModuleType]) -> Callable[[CfgNode], nn.Module]:
+    """Choose the ``build_model(cfg)`` that imported modules bring themselves, else detectron2's.
+
+    Raises:
+        UsageError: two modules bring different ones.
+    """
+    own = {module.__name__: module.build_model for module in modules if callable(getattr(module, "build_model", None))}
+    found = {name: build for name, build in own.items() if build is not build_model}
+    if len(set(found.values())) > 1:
+        raise UsageError(
+            "--import",
+            expected="one build_model",
+            found=f"several: of {', '.join(found)}",
+            fix="Import only the module whose build_model makes the model.",
+        )
+    build: Callable[[CfgNode], nn.Module] = next(iter(found.values()), build_model)
+    return build
 
 
 def _import_module(name: str) -> ModuleType:

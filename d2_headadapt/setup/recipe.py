@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..errors import ConfigError, UsageError
 from ..key import DATASETS, INPUT, YAML, Form, form_of
 from ..modeling.keep_model import attach_keep
 from .build import build_on_meta, building
+from .components import builder_of, import_components
 from .lazy.loading import load_lazy_config
 from .lazy.mirror import mirror_of
 from .lazy.preparing import prepare
@@ -48,10 +49,12 @@ class Recipe:
     Args:
         config: resolved and frozen.
         settings: of the config.
+        builder: makes the model of a config; a project may have its own.
     """
 
     config: CfgNode
     settings: AdaptSettings
+    builder: Callable[[CfgNode], nn.Module] = field(default=build_model, kw_only=True)
 
     def build(self) -> nn.Module:
         """Build the model on ``MODEL.DEVICE``, as its constructors leave it, with the settings attached."""
@@ -60,13 +63,13 @@ class Recipe:
     def build_base(self) -> nn.Module:
         """Build the model without the classes that ``MODEL.HEAD_ADAPT.KEEP`` adds."""
         with building():
-            model: nn.Module = build_model(self.config)
+            model: nn.Module = self.builder(self.config)
         attach_settings(model, self.settings)
         return model
 
     def build_on_meta(self) -> nn.Module:
         """Build the model's names and shapes; on the CPU where a module does not build on the meta device."""
-        return build_on_meta(self.config)
+        return build_on_meta(self.config, self.builder)
 
     def build_small(self) -> nn.Module:
         """Build the model on the CPU with few detections and no threshold; no random stream moves."""
@@ -80,7 +83,7 @@ class Recipe:
             if "SCORE_THRESH_TEST" in node:
                 node.SCORE_THRESH_TEST = 0.0
         with building(), torch.random.fork_rng(devices=[]):
-            model: nn.Module = build_model(cfg)
+            model: nn.Module = self.builder(cfg)
         return model
 
     def training_dicts(self) -> list[dict[str, Any]]:
@@ -203,15 +206,22 @@ def read_recipe(
     Raises:
         HeadAdaptError: what cannot be read or used.
     """
+    builder = builder_of(import_components(imports))
     lazy = load_lazy_config(config_file, opts, imports) if form_of(config_file) is Form.LAZY else None
     cfg = load_config(config_file, opts, imports) if lazy is None else mirror_of(lazy)
     change(cfg)
-    return resolved_recipe(cfg, lazy, reads_labels=reads_labels)
+    return resolved_recipe(cfg, lazy, reads_labels=reads_labels, builder=builder)
 
 
-def resolved_recipe(cfg: CfgNode, lazy: DictConfig | None, *, reads_labels: bool = True) -> Recipe:
+def resolved_recipe(
+    cfg: CfgNode,
+    lazy: DictConfig | None,
+    *,
+    reads_labels: bool = True,
+    builder: Callable[[CfgNode], nn.Module] = build_model,
+) -> Recipe:
     """Resolve a config that was read, in place; with ``lazy`` it is the mirror of that."""
     if lazy is None:
-        return Recipe(cfg, resolve_config(cfg, reads_labels=reads_labels))
+        return Recipe(cfg, resolve_config(cfg, reads_labels=reads_labels), builder=builder)
     made = prepare(lazy, reads_labels=reads_labels, mirror=cfg)
     return LazyRecipe(made.config, made.settings, made.lazy)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers as Stock
 from helpers.layouts import KINDS, axis_labels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from d2_headadapt.adapt.layouts import HeadLayout
-from d2_headadapt.adapt.registry import layouts_of, register_head_layout, unregister_head_layout
+from d2_headadapt.adapt.registry import has_layout, layouts_of, register_head_layout, unregister_head_layout
 from d2_headadapt.errors import LayoutError
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.tensor)
@@ -122,3 +126,44 @@ def test_a_module_may_declare_its_own_layouts() -> None:
 
     (layout,) = layouts_of(nn.Sequential(nn.ReLU(), Head(2, 4)))
     assert layout.extra == 1 and layout.num_classes(torch.zeros(4, 2).shape) == 3
+
+
+def test_a_projects_own_class_of_a_known_name_is_another_head() -> None:
+    """TFA and DeFRCN have their own FastRCNNOutputLayers, with other attributes."""
+
+    class FastRCNNOutputLayers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cls_score, self.bbox_pred = nn.Linear(4, 4), nn.Linear(4, 12)
+
+    assert layouts_of(nn.ModuleDict({"box_predictor": FastRCNNOutputLayers()})) == ()
+
+
+def test_a_subclass_that_lacks_what_a_layout_reads_is_another_head() -> None:
+    class Bare(Stock):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(ShapeSpec(channels=4), **kwargs)
+            del self.box2box_transform
+
+    made = {"box2box_transform": Box2BoxTransform((10.0, 10.0, 5.0, 5.0)), "num_classes": 3}
+    assert has_layout(Bare) and layouts_of(nn.ModuleDict({"box_predictor": Bare(**made)})) == ()
+    assert len(layouts_of(nn.ModuleDict({"box_predictor": Stock(ShapeSpec(channels=4), **made)}))) == 4
+
+
+@pytest.mark.parametrize("how", ["registered", "declared"])
+def test_a_layout_function_that_raises_is_named(how: str) -> None:
+    class Head(nn.Linear):
+        pass
+
+    def broken(module: nn.Module, context: object) -> list[HeadLayout]:
+        return [HeadLayout(str(module.nothing), "thing", "own")]
+
+    if how == "declared":
+        Head.head_layouts = broken  # type: ignore[attr-defined]
+    else:
+        register_head_layout(Head, broken)
+    try:
+        with pytest.raises(LayoutError, match=r"layout of 0, .*Head: .*no attribute 'nothing' \(line \d+ of .*Correct"):
+            layouts_of(nn.Sequential(Head(2, 4)))
+    finally:
+        unregister_head_layout(Head)

@@ -13,6 +13,8 @@ from helpers.models import model_of, names, stock_model, tiny_cfg
 
 from d2_headadapt import AdaptPlan, AdaptSettings, ClassTable, HeadAdaptCheckpointer
 from d2_headadapt.adapt.causes import Cause
+from d2_headadapt.adapt.plan import TensorPlan
+from d2_headadapt.adapt.report import summary_line
 from d2_headadapt.checkpoint.load import (
     LoadRequest,
     asks_heuristics,
@@ -80,7 +82,9 @@ def test_a_table_for_a_space_that_the_model_lacks_is_one_line() -> None:
     source = {"thing": ClassTable(names(20)), "stuff": ClassTable(names(4))}
     with logged("d2_headadapt") as said:
         plan = planned("f.pth", AdaptSettings(target={"thing": THREE}, source=source))
-    assert texts(said) == "MODEL.HEAD_ADAPT.SOURCE_CLASSES_STUFF is set, but the model has no stuff head."
+    unused = "MODEL.HEAD_ADAPT.SOURCE_CLASSES_STUFF is set and not used: the model has no stuff head."
+    assert texts(said) == f"{unused} It reads MODEL.HEAD_ADAPT.SOURCE_CLASSES."
+    assert [record.levelname for record in said] == ["WARNING"]
     assert not plan.refused
 
 
@@ -229,3 +233,42 @@ def test_a_refused_tensor_is_named_before_coverage() -> None:
         PlanRefused, match=rf"{HEAD}.* holds 20 classes .*but my list names 19: correct .*SOURCE_CLASSES"
     ):
         refuse_plan(plan, 1.0, "f.pth")
+
+
+def test_a_short_source_list_is_padded_only_where_the_model_has_the_same_rows_without_a_name() -> None:
+    """The mistake of one class too many, made in both trainings; else a list that is too short is refused."""
+    stored, short = stock_model(6).state_dict(), {"thing": ClassTable(names(5))}
+    padded = ClassTable(["class 3", "gnu", "class 0", "class 1", "class 2"]).padded(6)
+    for target, refused in (
+        (padded, False),
+        (ClassTable(["class 3", "gnu", "class 0", "class 1", "emu", "elk"]), True),
+    ):
+        settings = AdaptSettings(target={"thing": target}, source=short)
+        plan = plan_of(stored, model_of(target.names, num_classes=6), settings, Provenance(), "f.pth")
+        assert bool(plan.refused) == refused
+    settings = AdaptSettings(target={"thing": padded}, source=short)
+    plan = plan_of(stored, model_of(padded.names, num_classes=6), settings, Provenance(), "f.pth")
+    found = plan.class_map("thing")
+    assert found is not None and found.carried == ((0, 3), (2, 0), (3, 1), (4, 2), (5, 5)) and found.new == (1,)
+    assert "4 of 5 thing classes carried" in summary_line(plan) and "1 row without a name" in summary_line(plan)
+
+
+def test_a_guessed_target_yields_to_the_classes_that_a_file_names_itself() -> None:
+    known = Provenance({"thing": ClassTable(["ant", "bee", "cat"])})
+    stored, guess = stock_model(3).state_dict(), {"thing": ClassTable(["cow"]).padded(3)}
+    for yields, source, names_of_target in (
+        (frozenset[str](), {}, guess["thing"].names),
+        (frozenset({"thing"}), {}, ("ant", "bee", "cat")),
+    ):
+        settings = AdaptSettings(target=guess, source=source, yields=yields)
+        plan = plan_of(stored, model_of(None, num_classes=3), settings, known, "f.pth")
+        assert plan.target["thing"].names == names_of_target
+
+
+def test_little_of_a_file_is_refused_and_as_stock_does_it_a_warning() -> None:
+    plan = AdaptPlan((TensorPlan("a", "dropped", source_shape=(2,)),))
+    with pytest.raises(PlanRefused, match="found none that fits"):
+        refuse_plan(plan, 0.5, "f.pth")
+    with logged("d2_headadapt") as said:
+        refuse_plan(plan, 0.5, "f.pth", as_stock=True)
+    assert [record.levelname for record in said] == ["WARNING"] and "Loaded all the same" in texts(said)

@@ -163,7 +163,8 @@ def test_a_table_for_a_space_that_the_model_lacks_is_one_line(shared: Workplace)
     assert ran.code == 0
     lines = [line for line in ran.out.splitlines() if "keypoint" in line]
     assert len(lines) == 1
-    assert lines[0].endswith("MODEL.HEAD_ADAPT.SOURCE_CLASSES_KEYPOINT is set, but the model has no keypoint head.")
+    unused = "MODEL.HEAD_ADAPT.SOURCE_CLASSES_KEYPOINT is set and not used: the model has no keypoint head."
+    assert lines[0].endswith(f"{unused} It reads MODEL.HEAD_ADAPT.SOURCE_CLASSES.")
 
 
 @pytest.mark.parametrize("flag", ["--json", "--html"])

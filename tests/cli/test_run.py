@@ -17,12 +17,15 @@ def repository(tmp_path: Path) -> Repository:
 def test_a_script_of_somebody_carries_rows_by_name(repository: Repository) -> None:
     ran = repository.run(more=("SOLVER.MAX_ITER", "1"))
     seen = repository.seen()
-    assert seen["checkpointer"] == "HeadAdaptCheckpointer" and seen["rows"] == 4
+    assert seen["checkpointer"] == "HeadAdaptCheckpointer" and seen["rows"] == 81
     assert repository.carried() == [True, False, True, True]
     assert seen["argv"] == ["--config-file", "c.yaml", "SOLVER.MAX_ITER", "1"], "its arguments are untouched"
     assert seen["count"] == 80, "its config is its own"
     said = ran.out + ran.err
-    assert seen["own"] == "MyCheckpointer" and "let it inherit from d2_headadapt.HeadAdaptCheckpointer" in said
+    assert "mine has 3 thing classes and the script's model 80, which stays: rows 3 to 79 have no name" in said
+    dumped = (repository.folder / "out" / "config.yaml").read_text()
+    assert "HEAD_ADAPT" not in dumped and "REGISTER" not in dumped, "its config is read without this package too"
+    assert seen["own"] == "MyCheckpointer" and "MyCheckpointer is a checkpointer of the script's own and keeps" in said
     assert "2 of 3 thing classes carried" in said
     assert "fitted" not in said, "new rows are solved only when asked"
 
@@ -35,8 +38,11 @@ def test_the_same_script_without_run_is_as_before(repository: Repository) -> Non
 
 
 def test_every_process_of_a_launch_is_reached(repository: Repository) -> None:
-    repository.run(more=("--num-gpus", "2"))
+    named = ("--set", "MODEL.HEAD_ADAPT.TARGET_CLASSES", "mine")
+    ran = repository.run(*named, more=("--num-gpus", "2"))
     seen = [repository.seen(rank) for rank in (0, 1)]
+    assert [one["rows"] for one in seen] == [4, 4], "a model of the classes that are named, whatever its config counts"
+    assert "MODEL.ROI_HEADS.NUM_CLASSES was 80, is 3, the classes of mine" in ran.out + ran.err
     assert [one["checkpointer"] for one in seen] == ["HeadAdaptCheckpointer"] * 2
     assert repository.carried(0) == repository.carried(1) == [True, False, True, True]
     assert seen[0]["hash"] == seen[1]["hash"]

@@ -8,17 +8,22 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
+from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
 from helpers.commands import Ran, fresh_loggers
+from helpers.datasets import write_coco
 from helpers.files import save_stock
-from helpers.lazy import write_lazy
+from helpers.lazy import DATA, write_config, write_lazy
 from helpers.models import names, stock_model
 from helpers.repository import CLS, SOURCE, Repository, adopted, shipped
 
+from d2_headadapt.cli.run.classes import prepare_lazy
 from d2_headadapt.cli.run.models import Architecture
 from d2_headadapt.cli.run.said import BesideDetectron2
+from d2_headadapt.config.settings import settings_of
 
 # Its data loader is built before its model, and its processes are handed the config itself.
 LOADER_FIRST = """
@@ -89,13 +94,13 @@ def test_data_loaders_before_the_model_and_a_config_that_is_handed_over(tmp_path
         assert seen == {
             "images": 1,
             "checkpointer": "HeadAdaptCheckpointer",
-            "rows": 4,
+            "rows": 81,
             "count": 80,
             "is": [True, True, "GeneralizedRCNN"],
             "from_config": True,
         }
     said = ran.out + ran.err
-    assert said.count("MODEL.ROI_HEADS.NUM_CLASSES was 80, is 3, the classes of mine") == 1
+    assert said.count("mine has 3 thing classes and the script's model 80, which stays") == 1
     assert said.count("DatasetMapper, which leaves the labels of tasks out") == 1
 
 
@@ -175,7 +180,9 @@ def test_a_lazy_config_of_detectron2_s_own_script(tmp_path: Path) -> None:
     old = names(5)
     weights = save_stock(stock_model(5, seed=21), tmp_path / "old.pth")
     config = write_lazy(
-        tmp_path / "configs", ["class 3", "zebra", "class 0"], f"head_adapt['source_classes'] = {old!r}\n"
+        tmp_path / "configs",
+        ["class 3", "zebra", "class 0"],
+        f"head_adapt.update(source_classes={old!r}, target_classes='lazy_data')\n",
     )
     words = (
         f"train.init_checkpoint={weights}",
@@ -189,3 +196,26 @@ def test_a_lazy_config_of_detectron2_s_own_script(tmp_path: Path) -> None:
     carried = {t["name"]: t["carried"] for t in plan["tensors"]}
     assert carried[CLS] == [[0, 3], [2, 0]]
     assert "model.roi_heads.num_classes was 80, is 3, the classes of lazy_data" in ran.out
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("count", "known"), [(2, None), (3, ["ant", "bee", "cat"]), (5, ["ant", "bee", "cat"])])
+def test_a_lazy_config_keeps_its_number_of_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, count: int, known: list[str] | None
+) -> None:
+    """That of its file, and that which a script writes later."""
+    name = f"lazy_{when}_{count}"
+    data = DATA.replace("lazy_data", name)
+    write_coco(tmp_path, ["ant", "bee", "cat"])
+    monkeypatch.chdir(tmp_path)
+    lazy = LazyConfig.load(str(write_config(tmp_path, data)))
+    if when == "before":
+        lazy.model.roi_heads.num_classes = count
+    prepare_lazy(lazy)
+    lazy.model.roi_heads.num_classes = count
+    model = instantiate(lazy.model)
+    assert len(model.state_dict()[CLS]) == count + 1
+    settings = settings_of(model)
+    assert settings is not None and settings.as_stock
+    table = settings.target.get("thing")
+    assert (None if table is None else list(table.named)) == known and (table is None or len(table) == count)

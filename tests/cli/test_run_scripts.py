@@ -9,8 +9,8 @@ import pytest
 from helpers.commands import cli
 from helpers.repository import SOURCE, Repository, adopted
 
-from d2_headadapt.cli.run import training
-from d2_headadapt.cli.run.training import _say_torchrun_alone
+from d2_headadapt.cli.run import checkpointers
+from d2_headadapt.cli.run.checkpointers import _say_torchrun_alone
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PACKAGE = """
@@ -72,7 +72,7 @@ def test_processes_of_torchrun_that_do_not_meet_are_told_once(monkeypatch: pytes
     """detectron2's launch starts one process in each of them, as it does without this package."""
     told: list[str] = []
     # Not by what is logged: how often a record is handled depends on the loggers that other tests set up.
-    monkeypatch.setattr(training.logger, "warning", lambda text, *_: told.append(text))
+    monkeypatch.setattr(checkpointers.logger, "warning", lambda text, *_: told.append(text))
     _say_torchrun_alone.cache_clear()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")

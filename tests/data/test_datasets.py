@@ -393,9 +393,10 @@ def test_third_dataset_is_compared_too() -> None:
         training_table(["one", "two", "three"])
 
 
-def test_train_without_its_comma_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"DATASETS\.TRAIN: expected a list.*Write \('my_train',\), with the comma"):
-        training_table("my_train")
+def test_train_without_its_comma_is_one_dataset() -> None:
+    """As for detectron2's loaders."""
+    put("my_train", thing_classes=["a", "b"])
+    assert training_table("my_train") == training_table(["my_train"]) == ClassTable(["a", "b"])
 
 
 def test_same_classes_pass_and_a_dataset_without_any_too() -> None:

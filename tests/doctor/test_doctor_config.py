@@ -112,7 +112,9 @@ CASES: list[tuple[str, str, str, list[str], list[str]]] = [
     ),
     ("HA121", "error", "-0.1", ["SOLVER.BASE_LR", "-0.1"], ["SOLVER.BASE_LR", "0.01"]),
     ("HA121", "note", "times", ["SOLVER.BASE_LR", "1e-6"], ["SOLVER.BASE_LR", "1e-4"]),
-    ("HA122", "error", "Unknown LR scheduler", ["SOLVER.LR_SCHEDULER_NAME", "Cosine"], []),
+    ("HA122", "warning", "unless your trainer builds Cosine", ["SOLVER.LR_SCHEDULER_NAME", "Cosine"], []),
+    ("HA122", "warning", "a trainer with", ["SOLVER.LR_SCHEDULER_NAME", "WarmupTwoStageMultiStepLR"], []),
+    ("HA122", "error", ": WarmupCosineLR, unless", ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosinLR"], []),
     ("HA122", "error", "at least 1", ["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER", "1"]),
     (
         "HA122",
@@ -142,7 +144,7 @@ CASES: list[tuple[str, str, str, list[str], list[str]]] = [
         ["TEST.EVAL_PERIOD", "100"],
         ["TEST.EVAL_PERIOD", "100", "DATASETS.TEST", "['same']"],
     ),
-    ("HA126", "error", "Nearest: 'BGR'", ["INPUT.FORMAT", "BGRR"], ["INPUT.FORMAT", "BGR"]),
+    ("HA126", "warning", "Nearest: 'BGR'", ["INPUT.FORMAT", "BGRR"], ["INPUT.FORMAT", "BGR"]),
     ("HA126", "error", "1 values, and 3", ["MODEL.PIXEL_STD", "[1.0]"], ["MODEL.PIXEL_STD", "[57.0, 57.0, 58.0]"]),
     (
         "HA126",

@@ -17,6 +17,7 @@ from helpers.doctor import Change, codes, data_report, one_of, registered_contex
 
 from d2_headadapt.doctor.coco_json import MASK_BROKEN, MASK_NONE, MASK_POLYGON, MASK_RLE, read_coco
 from d2_headadapt.doctor.finding import CHECKS, DoctorContext
+from d2_headadapt.doctor.running import run_checks
 from d2_headadapt.errors import DatasetError
 
 MASKS = ("MODEL.MASK_ON", "True")
@@ -628,3 +629,28 @@ def test_every_check_of_this_file_has_a_case() -> None:
     named = {case[0] for case in CASES} | {"HA210", "HA212", "HA217", "HA218"}  # These have tests of their own.
     here = {code for code in CHECKS if "HA200" < code < "HA230"}
     assert here == named
+
+
+@pytest.mark.parametrize(
+    ("change", "opts", "root"),
+    [
+        (on("categories", name="dog"), (), "HA211"),
+        (every("annotations", lambda a: a.update(category_id=99)), (), "HA202"),
+        (None, ("MODEL.PIXEL_MEAN", "[1.0]"), "HA126"),
+        (None, ("MODEL.BACKBONE.NAME", "Nope"), "HA128"),
+        (None, ("MODEL.META_ARCHITECTURE", "Nope"), "HA128"),
+        (None, ("DATASETS.TRAIN", "['gone']"), "HA103"),
+    ],
+)
+def test_one_root_cause_is_one_error(tmp_path: Path, change: Change | None, opts: tuple[str, ...], root: str) -> None:
+    context = registered_context(tmp_path, write_set(tmp_path, "train", change), None, *opts)
+    report = run_checks(context, CHECKS.values())
+    assert [finding.code for finding in report.of("error")] == [root], report.findings
+
+
+def test_one_string_as_training_set_is_one_dataset(tmp_path: Path) -> None:
+    """As for detectron2's loaders; the letters of a test set would be taken one by one."""
+    cfg = registered_context(tmp_path, write_set(tmp_path, "train")).cfg
+    cfg.DATASETS.TRAIN = "doctor_train"
+    context = DoctorContext(ready=cfg)
+    assert context.train_names == ("doctor_train",) and "HA103" not in codes(run_checks(context, [CHECKS["HA103"]]))

@@ -113,8 +113,10 @@ class Repository:
     def carried(self, rank: int = 0) -> list[bool]:
         """Class by class of the new list, and for background: whether the row is the file's."""
         rows, old = torch.load(self.folder / f"before_{rank}.pt"), self.old[CLS]
-        places = [OLD.index(name) if name in OLD else None for name in self.classes] + [len(OLD)]
-        return [place is not None and torch.equal(rows[i], old[place]) for i, place in enumerate(places)]
+        places = {i: OLD.index(name) if name in OLD else None for i, name in enumerate(self.classes)}
+        # The script's own number of classes may be larger than the list.
+        places[len(rows) - 1] = len(OLD)
+        return [place is not None and torch.equal(rows[i], old[place]) for i, place in places.items()]
 
 
 def shipped(name: str) -> Path:

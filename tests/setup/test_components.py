@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 
 from d2_headadapt.errors import UsageError
-from d2_headadapt.setup.components import add_component_keys, import_components
+from d2_headadapt.setup.components import add_component_keys, builder_of, import_components
+from d2_headadapt.setup.recipe import read_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +105,24 @@ def test_its_config_functions_add_their_keys(tmp_path: Path) -> None:
     cfg = get_cfg()
     add_component_keys(cfg, import_components([str(write(tmp_path, text + "add_c_config = None\n"))]))
     assert (cfg.MODEL.A, cfg.MODEL.B) == (5, 5)
+
+
+OWN = "def build_model(cfg):\n    return cfg\n"
+
+
+def test_a_project_s_own_builder_is_the_one_that_an_import_brings(tmp_path: Path) -> None:
+    theirs = "from detectron2.modeling import build_model\n"
+    first, stock = import_components([str(write(tmp_path, OWN, "d2ha_part_a")), str(write(tmp_path, theirs))])
+    assert builder_of([stock]) is builder_of([]) is build_model
+    assert builder_of([stock, first]) is first.build_model
+    (second,) = import_components([str(write(tmp_path, OWN, "d2ha_part_b"))])
+    with pytest.raises(
+        UsageError, match=r"expected one build_model, found several: of d2ha_part_a, d2ha_part_b\. Import"
+    ):
+        builder_of([first, second])
+
+
+def test_plan_builds_with_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "from torch import nn\n\n\ndef build_model(cfg):\n    return nn.Linear(2, 3)\n")
+    recipe = read_recipe("", imports=[str(path)])
+    assert list(recipe.build().state_dict()) == list(recipe.build_on_meta().state_dict()) == ["weight", "bias"]

@@ -12,10 +12,12 @@ from typing import Any
 import torch.multiprocessing
 import torch.multiprocessing.spawn
 
+from .checkpointers import adopt_checkpointer
+from .classes import adopt_training
 from .configs import adopt_configs, register_entries, registered_entries
 from .models import adopt_models
 from .said import adopt_logger
-from .training import adopt_checkpointer, adopt_mapper, adopt_trainer, say_unfitted
+from .training import adopt_mapper, adopt_trainer, say_unfitted
 
 _installed: list[Adoption] = []
 _started: list[Any] = []
@@ -30,6 +32,7 @@ class Adoption:
         imports: modules or ``.py`` files that register components.
         fit: a ``DefaultTrainer`` solves new rows before its first iteration.
         heads: configs that name stock's ROI heads get this package's.
+        plan: the script ends at its first load, whose plan is printed.
         folder: where relative paths of ``opts`` and ``imports`` start.
     """
 
@@ -37,6 +40,7 @@ class Adoption:
     imports: tuple[str, ...] = ()
     fit: bool = False
     heads: bool = False
+    plan: bool = False
     folder: str = field(default_factory=os.getcwd)
 
     def install(self) -> None:
@@ -51,8 +55,9 @@ class Adoption:
         adopt_logger()
         imports = [os.path.join(self.folder, name) if name.endswith(".py") else name for name in self.imports]
         adopt_configs(self.opts, imports, self.folder)
-        adopt_checkpointer()
+        adopt_checkpointer(plan=self.plan)
         adopt_models(heads=self.heads)
+        adopt_training()
         adopt_trainer(fit=self.fit)
         adopt_mapper()
         _adopt_processes(self)

@@ -15,12 +15,16 @@ from detectron2.config.defaults import _C
 from ...config.keys import add_headadapt_config
 from ...data.datasets import absolute_entries, register_datasets
 from ...data.task_spec import complete_tasks
+from ...key import DATASETS, HEAD_ADAPT, MODEL, TASKS
 from ...setup.components import add_component_keys, import_components
-from ...setup.lazy import is_lazy, prepare
+from ...setup.lazy import is_lazy
 from ...setup.lazy.loading import paths_of_each_file
 from ...setup.yaml import merge, settle_yaml
+from .classes import has_tasks, prepare_lazy
 
 _registered: list[Any] = []
+OUR_NODES = (HEAD_ADAPT, TASKS, MODEL.CLASSIFIER, MODEL.CONV_NET, DATASETS.REGISTER)
+"""What :func:`add_headadapt_config` adds."""
 
 
 def adopt_configs(opts: Sequence[str], imports: Sequence[str], folder: str) -> None:
@@ -60,7 +64,7 @@ def register_entries(entries: Sequence[Any]) -> None:
 def _settle(cfg: CfgNode, folder: str) -> None:
     if "HEAD_ADAPT" not in cfg.get("MODEL", {}) or "REGISTER" not in cfg.get("DATASETS", {}):
         return
-    if isinstance(cfg.MODEL.get("TASKS"), CfgNode):
+    if has_tasks(cfg):
         complete_tasks(cfg)
     cfg.DATASETS.REGISTER = absolute_entries(cfg.DATASETS.REGISTER, folder)
     register_entries(cfg.DATASETS.REGISTER)
@@ -78,6 +82,13 @@ def _adopt_yaml() -> None:
     CfgNode.load_yaml_with_base = classmethod(load_yaml_with_base)
     for name in ("merge_from_file", "merge_from_list", "merge_from_other_cfg"):
         setattr(CfgNode, name, _settling(getattr(CfgNode, name)))
+    stock_dump = CfgNode.dump
+
+    @functools.wraps(stock_dump)
+    def dump(self: CfgNode, *args: Any, **kwargs: Any) -> Any:
+        return stock_dump(_without_our_defaults(self), *args, **kwargs)
+
+    CfgNode.dump = dump
 
 
 def _settling(stock: Any) -> Any:
@@ -87,6 +98,44 @@ def _settling(stock: Any) -> Any:
         _settle(self, os.getcwd())
 
     return merge_and_settle
+
+
+def _without_our_defaults(cfg: CfgNode) -> CfgNode:
+    """Copy a config without the keys of ours that nobody set: who reads a dump may not know them."""
+    if not isinstance(cfg.get("MODEL"), CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
+        return cfg
+    copy = cfg.clone()
+    copy.defrost()
+    for key in OUR_NODES:
+        *around, last = key.yaml.split(".")
+        own, default = _node(copy, around), _node(_C, around)
+        if own is not None and last in own and default is not None:
+            left = _difference(own[last], default[last])
+            if left is None:
+                del own[last]
+            else:
+                own[last] = left
+    return copy
+
+
+def _node(cfg: CfgNode, path: Sequence[str]) -> CfgNode | None:
+    for name in path:
+        cfg = cfg.get(name)
+        if not isinstance(cfg, CfgNode):
+            return None
+    return cfg
+
+
+def _difference(value: Any, default: Any) -> Any:
+    """Return what of ``value`` is not ``default``; ``None`` where nothing is."""
+    if not isinstance(value, CfgNode) or not isinstance(default, CfgNode):
+        return None if value == default else value
+    left: dict[str, Any] = {}
+    for key, one in value.items():
+        other = _difference(one, default[key]) if key in default else one
+        if other is not None:
+            left[key] = other
+    return CfgNode(left) if left else None
 
 
 def _adopt_lazy() -> None:
@@ -109,7 +158,7 @@ def _adopt_lazy() -> None:
     def apply_overrides(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         cfg = stock_overrides(cfg, *args, **kwargs)
         if is_lazy(cfg):
-            prepare(cfg, reads_labels=False, required=False)
+            prepare_lazy(cfg)
         return cfg
 
     LazyConfig.load, LazyConfig.apply_overrides = staticmethod(load), staticmethod(apply_overrides)

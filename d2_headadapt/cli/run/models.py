@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from fvcore.common.registry import Registry
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...config.keep import KeepSettings
-from ...config.settings import AdaptSettings, apply_num_classes, attach_settings
-from ...data.datasets import register_datasets
-from ...data.task_datasets import settle_tasks
+from ...config.settings import attach_settings
 from ...modeling.keep_model import attach_keep
-from ...setup.keep import settle_keep
-from ...setup.task_checks import TWINS, check_tasks
-
-logger = logging.getLogger(__name__)
+from ...setup.task_checks import TWINS
+from .classes import read_classes
 
 
 class Architecture:
@@ -34,13 +30,13 @@ class Architecture:
         cfg = args[0] if args else kwargs.get("cfg")
         if not isinstance(cfg, CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
             return self.stock(*args, **kwargs)
-        own, settings = _own_config(cfg)
+        own, classes = read_classes(cfg)
         if args:
             args = (own, *args[1:])
         else:
             kwargs["cfg"] = own
         model: nn.Module = self.stock(*args, **kwargs)
-        attach_settings(model, settings)
+        attach_settings(model, classes.settle(model))
         return attach_keep(model, KeepSettings.from_config(own))
 
     def __getattr__(self, name: str) -> Any:
@@ -62,32 +58,19 @@ def adopt_models(*, heads: bool) -> None:
     Args:
         heads: configs that name stock's ROI heads get this package's.
     """
-    stock = META_ARCH_REGISTRY.get
-    META_ARCH_REGISTRY.get = lambda name: Architecture(stock(name))
+    stock = Registry.get
+
+    @functools.wraps(stock)
+    def get(self: Registry, name: str) -> Any:
+        found = stock(self, name)
+        # Projects have registries of their own under this name.
+        return Architecture(found) if self._name == META_ARCH_REGISTRY._name else found
+
+    Registry.get = get
     if heads:
         stock_heads = ROI_HEADS_REGISTRY.get
         ROI_HEADS_REGISTRY.get = lambda name: stock_heads(TWINS.get(name, name))
     _adopt_cpus()
-
-
-def _own_config(cfg: CfgNode) -> tuple[CfgNode, AdaptSettings]:
-    """Return the config to build from: the script's where nothing of it changes, else a changed copy."""
-    register_datasets(cfg.DATASETS.REGISTER)
-    own = cfg.clone()
-    own.defrost()
-    keeps = settle_keep(own)
-    if own.MODEL.TASKS:
-        check_tasks(own)
-        settle_tasks(own)
-    settings = AdaptSettings.from_config(own)
-    lines = apply_num_classes(own, settings.target)
-    for line in lines:
-        logger.info(line)
-    if not lines and not own.MODEL.TASKS and not keeps:
-        return cfg, settings
-    if cfg.is_frozen():
-        own.freeze()
-    return own, settings
 
 
 def _adopt_cpus() -> None:

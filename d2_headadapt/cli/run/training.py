@@ -1,15 +1,12 @@
-"""Replace the checkpointers and ``DefaultTrainer`` of a script."""
+"""``DefaultTrainer`` and data loaders of a script."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer, HookBase
 
@@ -20,44 +17,11 @@ from ...engine.gradient_watch import UntrainedHeads
 from ...engine.train import Trainer
 from ...fit.hook import FitHook
 from ...key import TASKS
+from .classes import has_tasks
 
 logger = logging.getLogger(__name__)
 _trainers: list[str] = []
 """Of this process, that fit."""
-
-
-def adopt_checkpointer() -> None:
-    """Give whoever makes a ``DetectionCheckpointer`` this package's; a subclass of the script's own stays."""
-    told: set[type] = set()
-
-    def new(cls: type[DetectionCheckpointer], *args: Any, **kwargs: Any) -> DetectionCheckpointer:
-        _say_torchrun_alone()
-        if cls is DetectionCheckpointer:
-            # An instance of a subclass: Python goes on with that one's constructor.
-            cls = HeadAdaptCheckpointer
-        elif not issubclass(cls, HeadAdaptCheckpointer) and cls not in told:
-            told.add(cls)
-            logger.warning(
-                "%s is a checkpointer of the script's own and is kept, so rows are dropped or loaded as stock does it. "
-                "To have them carried by class name, let it inherit from d2_headadapt.HeadAdaptCheckpointer.",
-                cls.__name__,
-            )
-        made: DetectionCheckpointer = object.__new__(cls)
-        return made
-
-    DetectionCheckpointer.__new__ = staticmethod(new)
-
-
-@functools.cache
-def _say_torchrun_alone() -> None:
-    """Warn once where processes of torchrun never met: each trains a model of its own."""
-    several = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and not torch.distributed.is_initialized():
-        logger.warning(
-            "torchrun started %s processes, but the script did not join them (torch.distributed.init_process_group): "
-            "each trains alone. Scripts that use detectron2's launch are started without torchrun, with --num-gpus.",
-            os.environ["WORLD_SIZE"],
-        )
 
 
 def adopt_trainer(*, fit: bool) -> None:
@@ -77,7 +41,7 @@ def adopt_trainer(*, fit: bool) -> None:
             return hooks
         if fit and isinstance(self.checkpointer, HeadAdaptCheckpointer):
             hooks.insert(0, FitHook.from_config(self.cfg, lambda: self.checkpointer.rows_to_fit()))
-        if self.cfg.MODEL.get("TASKS"):
+        if has_tasks(self.cfg):
             # Before all others, because an evaluation calls the model too.
             hooks.insert(0, UntrainedHeads(task_specs(self.cfg)))
         return hooks
@@ -93,7 +57,7 @@ def adopt_mapper() -> None:
 
     @functools.wraps(stock)
     def from_config(cls: type[DatasetMapper], cfg: Any, is_train: bool = True) -> Any:
-        if cls is DatasetMapper and is_train and cfg.MODEL.get("TASKS"):
+        if cls is DatasetMapper and is_train and has_tasks(cfg):
             logger.warning(
                 "%s: the script's data loader has detectron2's DatasetMapper, which leaves the labels of "
                 "tasks out, so their heads are not trained. Give it mapper=TaskMapper(cfg, True) of "
@@ -108,7 +72,7 @@ def adopt_mapper() -> None:
 def _with_tasks(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def build_loader(cls: type[DefaultTrainer], cfg: Any, *args: Any) -> Any:
-        return ours(cfg, *args) if cfg.MODEL.get("TASKS") else stock(cls, cfg, *args)
+        return ours(cfg, *args) if has_tasks(cfg) else stock(cls, cfg, *args)
 
     return build_loader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -61,6 +61,7 @@ def prepare(
     required: bool = True,
     mirror: CfgNode | None = None,
     known: Mapping[str, ClassTable] | None = None,
+    finish: Callable[..., None] | None = None,
 ) -> Prepared:
     """Register datasets, settle the class tables, and write class counts and device, in place.
 
@@ -74,6 +75,7 @@ def prepare(
         required: raise for a training set that is not registered, instead of leaving its classes unknown.
         mirror: of :func:`d2_headadapt.setup.lazy.mirror.mirror_of`, where it was changed.
         known: class tables of a checkpoint, for label spaces that the config leaves open.
+        finish: called with a model that was built and ``settings=``, in place of checking its heads and attaching them.
 
     Returns:
         Prepared: the config with its mirror and settings.
@@ -102,7 +104,7 @@ def prepare(
     if specs:
         _carry_labels(lazy, cfg, specs)
     paths = tuple(path for path, _ in calls(lazy.model))
-    follow(lazy.model, partial(_finish, settings=settings, paths=paths))
+    follow(lazy.model, partial(finish or partial(_finish, paths=paths), settings=settings))
     cfg.freeze()
     return Prepared(lazy, cfg, settings)
 
