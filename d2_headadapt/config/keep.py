@@ -1,4 +1,4 @@
-"""What a user wants of ``MODEL.HEAD_ADAPT.KEEP``, as plain values: old classes, added ones, and how they meet."""
+"""Settings of ``MODEL.HEAD_ADAPT.KEEP`` as plain values: old classes, added ones, and how they meet."""
 
 from __future__ import annotations
 
@@ -136,6 +136,9 @@ class KeepSettings:
     @classmethod
     def from_config(cls, cfg: CfgNode) -> KeepSettings | None:
         """Read the ``KEEP`` keys of ``cfg.MODEL.HEAD_ADAPT``, once :mod:`d2_headadapt.setup` settled the classes.
+
+        Args:
+            cfg: any config.
 
         Returns:
             ``None`` where ``KEEP`` is empty.

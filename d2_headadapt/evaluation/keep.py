@@ -1,4 +1,4 @@
-"""Judging a model with added classes on test sets that label old classes, new ones, or both.
+"""Judge a model with added classes on test sets that label old classes, new ones, or both.
 
 A detection's class index is one of the extended table, a test set's one of its own list: names bring them together.
 """

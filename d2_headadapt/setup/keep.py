@@ -1,4 +1,4 @@
-"""Which classes a base model has and which a session adds: settled once, and written into the config."""
+"""Settle which classes a base model has and which a session adds, and write them into the config."""
 
 from __future__ import annotations
 
