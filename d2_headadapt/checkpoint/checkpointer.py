@@ -106,7 +106,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         """Do what the constructor does beyond the parent's; for subclasses that call another constructor.
 
         Args:
-            settings: as in the constructor.
+            settings: as for the constructor.
         """
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()

@@ -47,7 +47,7 @@ class KeptFile:
     branches: tuple[Mapping[str, str], ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the form that goes into a file."""
+        """Write the form that goes into a file."""
         base = {"classes": list(self.classes), "digest": one_digest(self.base), "tensors": dict(self.base)}
         packs = [
             {**pack.to_plain(), "digest": one_digest(tensors), "tensors": dict(tensors)}
@@ -80,13 +80,13 @@ class KeptFile:
 
 
 def kept_in(known: Provenance, path: str) -> KeptFile | None:
-    """Return what a file's provenance says of a base and its packs; ``None`` where it has none."""
+    """Read what a file's provenance says of a base and its packs; ``None`` where it has none."""
     stored = known.extra.get(KEEP)
     return None if stored is None else KeptFile.from_plain(stored, path)
 
 
 def tensor_digest(value: torch.Tensor) -> str:
-    """Compute the SHA-256 of a tensor's data type, shape and bytes."""
+    """Hash a tensor's data type, shape and bytes by SHA-256."""
     found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode())
     # Not numpy(), which has no bfloat16.
     found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -94,18 +94,18 @@ def tensor_digest(value: torch.Tensor) -> str:
 
 
 def one_digest(tensors: Mapping[str, str]) -> str:
-    """Return one digest for all of some tensors, whatever their order."""
+    """Hash all of some tensors, whatever their order."""
     return hashlib.sha256("".join(f"{name} {tensors[name]}\n" for name in sorted(tensors)).encode()).hexdigest()
 
 
 def branch_of(name: str) -> int | None:
-    """Return the pack that a tensor belongs to; ``None`` for the base's."""
+    """Find the pack that a tensor belongs to; ``None`` for the base's."""
     found = BRANCH.search(name)
     return int(found["number"]) if found else None
 
 
 def digests(state: Mapping[str, Any], pack: int | None = None) -> dict[str, str]:
-    """Return digest of each tensor of the base, or of a pack, by name."""
+    """Hash each tensor of the base, or of a pack, by name."""
     return {
         name: tensor_digest(value)
         for name, value in state.items()
@@ -213,7 +213,7 @@ class KeptGuard:
                 begun.begin(owner)
 
     def facts(self, state: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Return the entry of a file's provenance, once nothing is found to have changed; empty without packs.
+        """Write the entry of a file's provenance, once nothing is found to have changed; empty without packs.
 
         Raises:
             PlanRefused: names the tensors that changed.

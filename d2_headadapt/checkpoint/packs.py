@@ -81,7 +81,7 @@ def read_base(path: str, *, trust: bool = False) -> BaseFile:
 
 
 def pack_of(file: BaseFile, name: str = "") -> dict[str, Any]:
-    """Return one pack of a checkpoint, as the content of a file of its own.
+    """Take one pack out of a checkpoint, as the content of a file of its own.
 
     Args:
         file: of :func:`read_base`.
@@ -124,7 +124,7 @@ def _number(file: BaseFile, name: str) -> int:
 
 
 def added(file: BaseFile, paths: Sequence[str]) -> dict[str, Any]:
-    """Return a checkpoint with more packs behind it.
+    """Put more packs behind a checkpoint.
 
     Args:
         file: the base, with or without packs.
@@ -173,7 +173,7 @@ def added(file: BaseFile, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def removed(file: BaseFile, name: str) -> tuple[dict[str, Any], PackSpec]:
-    """Return a checkpoint without one of its packs, and that pack.
+    """Split a checkpoint into the rest and one of its packs.
 
     Args:
         file: of :func:`read_base`.
@@ -199,7 +199,7 @@ def _content(
     file: BaseFile, old: Sequence[str], packs: Sequence[PackSpec], branches: Sequence[Mapping[str, torch.Tensor]],
     numbers: Sequence[int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the new file's content; ``numbers`` are the places in the old file of the packs that were there."""
+    """Make the new file's content; ``numbers`` are the places in the old file of the packs that were there."""
     if packs:
         KeepSettings(ClassTable(old, file.path), tuple(packs))  # Two classes of one name are refused here.
     state = {**file.base, **{name: value for branch in branches for name, value in branch.items()}}

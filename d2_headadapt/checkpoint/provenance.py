@@ -130,7 +130,7 @@ class Provenance:
 
 
 def provenance_of(path: str, trust: bool) -> Provenance:
-    """Return what a checkpoint says about itself; empty where it says nothing."""
+    """Read what a checkpoint says about itself; empty where it says nothing."""
     local = PathManager.get_local_path(path.partition("?")[0])
     stored = read_checkpoint(local, trust=trust, verify=False).get(KEY)
     return Provenance() if stored is None else Provenance.from_plain(stored, path)

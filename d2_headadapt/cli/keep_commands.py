@@ -88,7 +88,7 @@ def _added_line(cfg: CfgNode) -> str:
 
 
 def _some_images(recipe: Recipe, most: int) -> list[dict[str, Any]]:
-    """Return images to compare on: of the training set, and of the negatives, as many of each."""
+    """List images to compare on: of the training set, and of the negatives, as many of each."""
     dicts, beside = recipe.training_dicts(), negative_images(str(recipe.config.MODEL.HEAD_ADAPT.KEEP_NEGATIVES))
     half = most // 2 if beside else most
     chosen = [*beside[: most - half], *dicts[: max(half, most - len(beside))]]
@@ -143,7 +143,7 @@ def _compared(recipe: Recipe, model: nn.Module, images: Sequence[dict[str, Any]]
 
 
 def _load_stock(base: nn.Module, path: str) -> None:
-    """Return the base's own file; where stock cannot read it, the tensors that were loaded from it stay."""
+    """Load the base's own file; where stock cannot read it, the tensors that were loaded from it stay."""
     if path.endswith((".pth", ".pkl")) or "://" in path:
         DetectionCheckpointer(base).load(path)
 

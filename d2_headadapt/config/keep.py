@@ -1,4 +1,4 @@
-"""What a user wants of ``MODEL.HEAD_ADAPT.KEEP``, as plain values: old classes, added ones, and how they meet."""
+"""Settings of ``MODEL.HEAD_ADAPT.KEEP`` as plain values: old classes, added ones, and how they meet."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class PackSpec:
         """Read :meth:`to_plain`'s form.
 
         Args:
-            data: that form.
-            where: the config key or file, for messages.
+            data: as a file holds it.
+            where: the file and place, for messages.
 
         Raises:
             ConfigError: it is another form.
@@ -129,13 +129,13 @@ class KeepSettings:
         return tuple(i for i, pack in enumerate(self.packs) if names & set(pack.classes))
 
     def lookup(self, pack: int) -> list[int]:
-        """Map each class index of the training set to its row in a pack; -1 for what is *other* to that pack."""
+        """List for each class index of the training set its row in a pack; -1 for what is *other* to that pack."""
         rows = {name: row for row, name in enumerate(self.packs[pack].classes)}
         return [rows.get(name, -1) for name in self.training_names]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> KeepSettings | None:
-        """Read the ``KEEP`` keys under ``MODEL.HEAD_ADAPT``, once :mod:`d2_headadapt.setup` settled the classes.
+        """Read the ``KEEP`` keys of ``cfg.MODEL.HEAD_ADAPT``, once :mod:`d2_headadapt.setup` settled the classes.
 
         Args:
             cfg: any config.

@@ -18,7 +18,7 @@ SHARE = 0.25
 
 
 def negative_images(where: str) -> list[dict[str, Any]]:
-    """Return the images of ``KEEP_NEGATIVES`` as a detectron2 dataset without annotations.
+    """Read the images of ``KEEP_NEGATIVES`` as a detectron2 dataset without annotations.
 
     Args:
         where: a registered dataset, or a folder; empty for none.
@@ -47,7 +47,7 @@ def negative_images(where: str) -> list[dict[str, Any]]:
 
 
 def with_negatives(dataset: Sequence[dict[str, Any]], negatives: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a training set of which :data:`SHARE` are negatives, each of them as often as the others, up to one.
+    """Mix negatives into a training set, :data:`SHARE` of it, each as often as the others, up to one.
 
     Args:
         dataset: at least one image.

@@ -105,7 +105,7 @@ def schedule(context: DoctorContext) -> Iterator[Finding]:
 
 
 def _own_scheduler(name: str) -> Finding:
-    """Report a name that detectron2 does not know: a trainer's own ``build_lr_scheduler`` may, unless it is a slip."""
+    """Find a name that detectron2 does not know: a trainer's own ``build_lr_scheduler`` may, unless it is a slip."""
     meant = difflib.get_close_matches(name, SCHEDULERS, n=1, cutoff=SLIP)
     return Finding(
         "HA122",

@@ -174,7 +174,7 @@ class Trainer(DefaultTrainer):
 
 
 def say_old_and_new(cfg: CfgNode, results: dict[str, Any]) -> None:
-    """Return the table of old and new classes, where the model has added ones."""
+    """Log the table of old and new classes, where the model has added ones."""
     sets = results if len(cfg.DATASETS.TEST) != 1 else {cfg.DATASETS.TEST[0]: results}
     table = keep_table(sets) if comm.is_main_process() else ""
     if table:

@@ -1,4 +1,4 @@
-"""Judging a model with added classes on test sets that label old classes, new ones, or both.
+"""Judge a model with added classes on test sets that label old classes, new ones, or both.
 
 A detection's class index is one of the extended table, a test set's one of its own list: names bring them together.
 """
@@ -90,7 +90,7 @@ class KeepEvaluator(DatasetEvaluator):
 
 
 def judged_by_name(cfg: CfgNode, dataset_name: str, judge: DatasetEvaluator) -> DatasetEvaluator:
-    """Return ``judge`` itself, or behind a :class:`KeepEvaluator` where ``MODEL.HEAD_ADAPT.KEEP`` adds classes.
+    """Put ``judge`` behind a :class:`KeepEvaluator` where ``MODEL.HEAD_ADAPT.KEEP`` adds classes.
 
     Args:
         cfg: settled.
@@ -108,7 +108,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def keep_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Render AP of old, new and all classes, a row for each test set; empty where no set was judged so.
+    """Write AP of old, new and all classes, a row for each test set; empty where no set was judged so.
 
     Args:
         results: by test set, as :class:`KeepEvaluator` gives them.

@@ -121,7 +121,7 @@ def collect_seen(
     num_classes: int,
     settings: FitSettings,
 ) -> Reservoir:
-    """Collect what ``see`` gives: boxes of a view and what the stage's predictor reads of them."""
+    """Collect like :func:`collect_regions`, of what ``see`` gives: a view's boxes and what the predictor reads."""
     width = stage.predictor.cls_score.in_features
     regions = max(2, room(settings.regions, width))
     low = settings.soft_iou[0] + stage.threshold - 0.5
@@ -206,7 +206,7 @@ def solve_stage(
 
     Args:
         stage: whose predictor.
-        sample: of :func:`collect`, with ``held`` (n,): the regions that choose penalties; on one device.
+        sample: of :func:`collect_regions`, with ``held`` (n,): the regions that choose penalties; on one device.
         writer: knows the new classes; nothing is written.
         num_classes: K.
         settings: how.

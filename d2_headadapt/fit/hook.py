@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def features_stand_still(model: Any) -> bool:
-    """Tell whether what the new rows read never moves: added classes on the frozen features of an unmodified model."""
+    """Tell whether what the new rows read never moves: added classes on an unmodified model's features."""
     keep = keep_of(getattr(model, "module", model))
     return keep is not None and all(keep.settings.packs[i].head == "shared" for i in keep.settings.trained)
 

@@ -28,8 +28,7 @@ from ..modeling.task_dry_run import evaluating
 from .boxes import Stage, collect_seen, solve_stage, stages_of
 from .dense import fit_dense
 from .images import FeatureCache, ImageStream, View, choose_images, random_states_kept
-from .masks import collect_pixels as collect_masks
-from .masks import solve_masks
+from .masks import collect_pixels, solve_masks
 from .rows import RowWriter, Solution
 from .rpn import collect_anchors, proposals_of, recalls, solve
 from .settings import FitReport, FitSettings, PartReport
@@ -109,7 +108,7 @@ NO_NEGATIVES = (
 
 
 def own_dataset(keep: Keep, number: int, dataset: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the training set as one pack sees it: objects of its classes alone, with its own indices."""
+    """Restrict the training set to one pack's objects, with the pack's own class indices."""
     lookup = keep.settings.lookup(number)
     found = []
     for entry in dataset:
@@ -137,7 +136,7 @@ class BranchProposals:
     def __call__(
         self, images: Any, features: dict[str, torch.Tensor], _: None
     ) -> tuple[list[Instances], dict[str, Any]]:
-        """Return proposals of each image."""
+        """Compute the proposals of each image."""
         found, _ = self._rpn(images, features, None)
         if not self._second:
             return found, {}
@@ -277,7 +276,7 @@ class _PackFitter:
         return reports
 
     def _see(self, stage: int) -> Callable[[View], tuple[Boxes, torch.Tensor]]:
-        """Return what a stage's predictor reads of a view's proposals and objects."""
+        """Compute what a stage's predictor reads of a view's proposals and objects."""
         source, roi_heads, pack = self._source(), self.model.roi_heads, self.pack
 
         def see(view: View) -> tuple[Boxes, torch.Tensor]:
@@ -298,7 +297,7 @@ class _PackFitter:
         if "mask" not in self.settings.parts:
             return [PartReport(part, "kept", "FIT.PARTS leaves it out")]
         facade = SimpleNamespace(proposal_generator=self._source(), roi_heads=self.model.roi_heads)
-        sample = gathered(collect_masks(facade, stream.views("masks", mirror=False), self.settings))
+        sample = gathered(collect_pixels(facade, stream.views("masks", mirror=False), self.settings))
 
         def work() -> tuple[list[Solution], PartReport]:
             seen = sorted(set(sample["label"].tolist()) & set(new)) if sample else []

@@ -116,11 +116,11 @@ def fit_masks(model: Any, name: str, stream: ImageStream, writer: RowWriter, set
 def solve_masks(
     part: str, sample: dict[str, torch.Tensor], seen: list[int], writer: RowWriter, settings: FitSettings
 ) -> tuple[list[Solution], float]:
-    """Return rows of some classes of a mask predictor, and the penalty.
+    """Solve rows of some classes of a mask predictor; return them and the penalty.
 
     Args:
         part: the predictor's name in the model.
-        sample: ``x``, ``inside``, ``label``, ``weight`` and ``held``, (n, ...), of :func:`collect`.
+        sample: ``x``, ``inside``, ``label``, ``weight`` and ``held``, (n, ...), of :func:`collect_pixels`.
         seen: the classes.
         writer: knows the carried ones.
         settings: the penalties to choose from.

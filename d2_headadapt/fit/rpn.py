@@ -45,7 +45,7 @@ def recall(rpn: Any, views: Iterator[View], limit: int) -> float:
 
 
 def recalls(rpn: Any, views: Iterator[View], limit: int) -> torch.Tensor:
-    """Measure (10,) shares of objects that a proposal covers by 0.5, 0.55 ... 0.95, over all processes."""
+    """Measure the shares (10,) of objects that a proposal covers by 0.5, 0.55 ... 0.95, over all processes."""
     thresholds = torch.arange(0.5, 1.0, 0.05)
     hits = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
     for view in views:

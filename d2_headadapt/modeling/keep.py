@@ -52,7 +52,7 @@ class Regions:
     features: list[torch.Tensor]
 
     def joined(self, other: Regions) -> Regions:
-        """Return the regions of each image, then those of ``other``."""
+        """Join the regions of each image with those of ``other``, which come after."""
         boxes = [
             [Boxes(torch.cat([a.tensor, b.tensor])) for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self.boxes, other.boxes, strict=True)
@@ -66,13 +66,13 @@ class Regions:
 
 
 def old_predictors(roi_heads: Any) -> list[Any]:
-    """Return the box predictors of ROI heads, by stage."""
+    """List the box predictors of ROI heads, by stage."""
     predictor = roi_heads.box_predictor
     return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
 
 
 def old_heads(roi_heads: Any) -> list[nn.Module]:
-    """Return what makes region features of pooled regions, by stage."""
+    """List what makes region features of pooled regions, by stage."""
     if hasattr(roi_heads, "res5"):
         return [roi_heads.res5]
     head = roi_heads.box_head
@@ -80,7 +80,7 @@ def old_heads(roi_heads: Any) -> list[nn.Module]:
 
 
 def pooled(roi_heads: Any, features: Mapping[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-    """Return the crops that a box head reads, (R, channels, height, width)."""
+    """Pool the crops that a box head reads, (R, channels, height, width)."""
     if hasattr(roi_heads, "res5"):
         found: torch.Tensor = roi_heads.pooler([features[name] for name in roi_heads.in_features], boxes)
     else:
@@ -95,7 +95,7 @@ def region_features(head: nn.Module, crops: torch.Tensor) -> torch.Tensor:
 
 
 def moved_boxes(roi_heads: Any, stage: int, predictions: Any, boxes: list[Boxes], sizes: Sequence[Any]) -> list[Boxes]:
-    """Compute where a stage of a cascade moves its boxes to, as ``CascadeROIHeads`` does at test time."""
+    """Move a cascade stage's boxes, as ``CascadeROIHeads`` does at test time."""
     given = [Instances(size, proposal_boxes=image) for size, image in zip(sizes, boxes, strict=True)]
     found = [Boxes(image) for image in old_predictors(roi_heads)[stage].predict_boxes(predictions, given)]
     for image, size in zip(found, sizes, strict=True):
@@ -107,7 +107,7 @@ def moved_boxes(roi_heads: Any, stage: int, predictions: Any, boxes: list[Boxes]
 def regions_of(
     roi_heads: Any, features: Mapping[str, torch.Tensor], boxes: list[Boxes], sizes: Sequence[Any]
 ) -> Regions:
-    """Return what the old box head sees of some boxes, stage by stage."""
+    """Compute what the old box head sees of some boxes, stage by stage."""
     heads, predictors = old_heads(roi_heads), old_predictors(roi_heads)
     by_stage, seen = [boxes], []
     for stage, head in enumerate(heads):
@@ -147,7 +147,7 @@ class PackPredictor(FastRCNNOutputLayers):
         self.cls_agnostic = bool(kwargs.get("cls_agnostic_bbox_reg", False))
 
     def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
-        """Return the parent's layouts in the pack's own label space."""
+        """Describe the parent's layouts in the pack's own label space."""
         for layout in fast_rcnn_layouts(self, context):
             yield replace(layout, space=self.space, group=self.group)
 
@@ -202,7 +202,7 @@ class Pack(nn.Module):
         return len(self.spec.classes)
 
     def head_layouts(self, context: ModuleContext) -> Iterable[HeadLayout]:
-        """Return one channel a class of the mask predictor; the box predictors describe themselves."""
+        """Describe the mask predictor, one channel a class; the box predictors describe themselves."""
         for leaf in ("weight", "bias"):
             if self.mask_predictor is not None:
                 yield HeadLayout(f"{context.name}.mask_predictor.{leaf}", self.space, self.space, "mask_head")
@@ -216,7 +216,7 @@ class Pack(nn.Module):
         self, roi_heads: Any, rpn: Any, features: Mapping[str, torch.Tensor], proposals: Sequence[Instances],
         known: Regions,
     ) -> Regions:  # fmt: skip
-        """Return the regions of the old proposals, and those of second proposals where they are on."""
+        """Compute the regions of the old proposals, and those of second proposals where they are on."""
         if self.second is not None and bool(self.second.on):
             boxes = self.second(rpn, features, proposals)
             known = known.joined(regions_of(roi_heads, features, boxes, [p.image_size for p in proposals]))
@@ -225,12 +225,12 @@ class Pack(nn.Module):
     def predictions(
         self, roi_heads: Any, features: Mapping[str, torch.Tensor], regions: Regions
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return scores (R, N + 1) and deltas of each stage."""
+        """Predict scores (R, N + 1) and deltas of each stage."""
         seen = self.inputs(roi_heads, features, regions)
         return [predictor(x) for predictor, x in zip(self.predictors, seen, strict=True)]
 
     def inputs(self, roi_heads: Any, features: Mapping[str, torch.Tensor], regions: Regions) -> list[torch.Tensor]:
-        """Return what the predictor of each stage reads, (R, C): features of the old box head, or of the copied one."""
+        """Compute what each stage's predictor reads, (R, C): features of the old box head, or of the copied one."""
         if not len(self.heads):
             return regions.features
         crops = [pooled(roi_heads, features, boxes).detach() for boxes in regions.boxes]
@@ -239,7 +239,7 @@ class Pack(nn.Module):
     def detect(
         self, roi_heads: Any, features: Mapping[str, torch.Tensor], regions: Regions, sizes: Sequence[Any]
     ) -> list[Instances]:
-        """Return detections with the pack's own class indices, and with masks and tasks where old ones have them."""
+        """Detect with the pack's own class indices, and with masks and tasks where old ones have them."""
         stages = self.predictions(roi_heads, features, regions)
         by_stage: list[list[torch.Tensor]] = []
         for predictor, predicted, boxes in zip(self.predictors, stages, regions.boxes, strict=True):
@@ -347,7 +347,7 @@ class Keep(nn.Module):
         return self._rpn[0]
 
     def train(self, mode: bool = True) -> Keep:
-        """Set the training mode of the packs that this session trains."""
+        """Switch mode like the parent, of the packs that this session trains."""
         super().train(mode)
         for i, pack in enumerate(self.packs):
             pack.train(mode and i in self.settings.trained)
@@ -358,7 +358,7 @@ class Keep(nn.Module):
         return len(self.settings.old) + sum(len(pack.classes) for pack in self.settings.packs[:number])
 
     def own_targets(self, number: int, targets: Sequence[Instances]) -> list[Instances]:
-        """Return the objects of a pack's classes, with its own class indices."""
+        """Pick the objects of a pack's classes, with its own class indices."""
         lookup = torch.tensor(self.settings.lookup(number), dtype=torch.int64)
         found = []
         for image in targets:
@@ -371,7 +371,7 @@ class KeptModel:
     """Put before a model's class: everything old stays in evaluation mode, whatever ``train`` is told."""
 
     def train(self, mode: bool = True) -> Any:
-        """Set the training mode of the packs alone: no running mean moves and no dropout is drawn in the old path."""
+        """Switch mode of the packs alone: no running mean moves and no dropout is drawn in the old path."""
         super().train(mode)  # type: ignore[misc]
         for module in self.modules():  # type: ignore[attr-defined]
             module.training = False
@@ -389,7 +389,7 @@ class KeptROIHeads:
         self, images: Any, features: dict[str, torch.Tensor], proposals: list[Instances],
         targets: list[Instances] | None = None,
     ) -> tuple[list[Instances], dict[str, torch.Tensor]]:  # fmt: skip
-        """Return detections; where there are targets, which only training gives, the losses of the packs."""
+        """Detect; with targets, which only training gives, compute the losses of the packs."""
         if targets is not None:
             losses: dict[str, torch.Tensor] = {}
             for i in self.keep.settings.trained:
@@ -448,12 +448,12 @@ def joined(old: Instances, new: Instances, settings: KeepSettings, old_classes: 
 
 
 def keep_of(model: Any) -> Keep | None:
-    """Return the packs of a model; ``None`` where it has none."""
+    """Find the packs of a model; ``None`` where it has none."""
     return next((module for module in model.modules() if isinstance(module, Keep)), None)
 
 
 def pack_space(number: int) -> str:
-    """Return the label space of a pack, which names it in plans and messages."""
+    """Name the label space of a pack, for plans and messages."""
     return f"added_{number}"
 
 
@@ -464,7 +464,7 @@ def put_before(module: nn.Module, mixin: type) -> None:
 
 
 def freeze_old(model: nn.Module, keep: Keep) -> None:
-    """Give only the packs that this session trains gradients; second proposals are solved, never trained."""
+    """Freeze all but the packs that this session trains; second proposals are solved, never trained."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for i in keep.settings.trained:
@@ -473,7 +473,7 @@ def freeze_old(model: nn.Module, keep: Keep) -> None:
 
 
 def build_packs(settings: KeepSettings, roi_heads: Any, rpn: Any) -> list[Pack]:
-    """Return the packs of ROI heads.
+    """Build the packs of ROI heads.
 
     Raises:
         ConfigError: ROI heads that no branch can stand behind.
@@ -498,7 +498,7 @@ def build_packs(settings: KeepSettings, roi_heads: Any, rpn: Any) -> list[Pack]:
 
 
 def why_not_roi_heads(roi_heads: Any) -> str | None:
-    """Tell why no branch can stand behind these ROI heads; ``None`` where one can."""
+    """Say why no branch can stand behind these ROI heads; ``None`` where one can."""
     if not hasattr(roi_heads, "box_predictor") or not (hasattr(roi_heads, "box_pooler") or hasattr(roi_heads, "res5")):
         return "where they pool regions is not known"
     for predictor in old_predictors(roi_heads):

@@ -66,7 +66,7 @@ class DensePack(nn.Module):
         self.bbox_pred.load_state_dict(model.head.bbox_pred.state_dict())
 
     def predictions(self, seen: tuple[list[torch.Tensor], list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Return logits and deltas by level, as ``RetinaNetHead`` gives them, of what its last layers read."""
+        """Predict logits and deltas by level, as ``RetinaNetHead`` does, of what its last layers read."""
         return [[self.cls_score(x) for x in seen[0]], [self.bbox_pred(x) for x in seen[1]]]
 
 
@@ -82,7 +82,7 @@ class KeptRetinaNet(KeptModel):
     keep: Keep
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Run the parent's; keep what the last layers of its head read for the packs."""
+        """Run the parent, and keep what the last layers of its head read for the packs."""
         with inputs_of(self.head.cls_score) as scores, inputs_of(self.head.bbox_pred) as boxes:  # type: ignore[attr-defined]
             self.seen = (scores, boxes)
             out = super().forward(batched_inputs)  # type: ignore[misc]
@@ -92,7 +92,7 @@ class KeptRetinaNet(KeptModel):
     def forward_training(
         self, images: Any, features: list[torch.Tensor], predictions: Any, gt_instances: list[Instances]
     ) -> dict[str, torch.Tensor]:
-        """Return the losses of the packs that this session trains."""
+        """Compute the losses of the packs that this session trains."""
         losses: dict[str, torch.Tensor] = {}
         for i in self.keep.settings.trained:
             pack: Any = self.keep.packs[i]
@@ -103,7 +103,7 @@ class KeptRetinaNet(KeptModel):
         return losses
 
     def forward_inference(self, images: Any, features: list[torch.Tensor], predictions: Any) -> list[Instances]:
-        """Return the parent's detections, then those of each pack."""
+        """Detect like the parent, then add the detections of each pack."""
         out: list[Instances] = super().forward_inference(images, features, predictions)  # type: ignore[misc]
         for i, module in enumerate(self.keep.packs):
             pack: Any = module
@@ -117,7 +117,7 @@ class KeptRetinaNet(KeptModel):
 
 
 def build_dense_packs(settings: KeepSettings, model: Any) -> Sequence[DensePack]:
-    """Return the packs of a RetinaNet.
+    """Build the packs of a RetinaNet.
 
     Raises:
         ConfigError: a copied head, or second proposals, which a dense model does not have.

@@ -24,7 +24,7 @@ SAME = 0.7
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Return what ``module`` is called with, in order, while the context is open."""
+    """Record what ``module`` is called with, in order, while the context is open."""
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     try:
@@ -34,7 +34,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def why_not_second(rpn: Any) -> str | None:
-    """Tell why this proposal generator cannot have second proposals; ``None`` where it can."""
+    """Say why this proposal generator cannot have second proposals; ``None`` where it can."""
     head = getattr(rpn, "rpn_head", None)
     layers = [getattr(head, name, None) for name in ("objectness_logits", "anchor_deltas")]
     if not all(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) for layer in layers):
@@ -80,7 +80,7 @@ class SecondProposals(nn.Module):
 
     @torch.no_grad()
     def forward(self, rpn: Any, features: Mapping[str, torch.Tensor], proposals: Sequence[Instances]) -> list[Boxes]:
-        """Return the second proposals of each image, best first, at most :data:`MOST`.
+        """Propose second regions of each image, best first, at most :data:`MOST`.
 
         Args:
             rpn: whose features are read.
@@ -108,7 +108,7 @@ class KeptRPN:
     """The first feature map, and the hidden features by level."""
 
     def forward(self, images: Any, features: dict[str, torch.Tensor], gt_instances: Any = None) -> Any:
-        """Run the parent's."""
+        """Run the parent."""
         with inputs_of(self.rpn_head.objectness_logits) as seen:  # type: ignore[attr-defined]
             out = super().forward(images, features, gt_instances)  # type: ignore[misc]
         self.hidden = (features[self.in_features[0]], seen)  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ class KeptRPN:
 
 
 def hidden_of(rpn: Any, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return what the last layers of an RPN read of feature maps, computed again only for other maps."""
+    """Compute what the last layers of an RPN read of feature maps, again only where it was of others just now."""
     known: tuple[torch.Tensor, list[torch.Tensor]] | None = getattr(rpn, "hidden", None)
     if known is not None and known[0] is maps[0]:
         return known[1]
@@ -126,7 +126,7 @@ def hidden_of(rpn: Any, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def new_boxes(second: Boxes, old: Boxes) -> Boxes:
-    """Return those of ``second`` that no box of ``old`` overlaps by :data:`SAME`, at most :data:`MOST`."""
+    """Pick those of ``second`` that no box of ``old`` overlaps by :data:`SAME`, at most :data:`MOST`."""
     if old.tensor.shape[0] == 0:
         return Boxes(second.tensor[:MOST])
     near = (pairwise_iou(second, old) >= SAME).any(dim=1)

@@ -37,7 +37,7 @@ def add_component_keys(cfg: CfgNode, modules: Sequence[ModuleType]) -> None:
 
 
 def builder_of(modules: Sequence[ModuleType]) -> Callable[[CfgNode], nn.Module]:
-    """Return the ``build_model(cfg)`` that imported modules bring themselves, else detectron2's.
+    """Choose the ``build_model(cfg)`` that imported modules bring themselves, else detectron2's.
 
     Raises:
         UsageError: two modules bring different ones.

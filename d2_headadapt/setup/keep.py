@@ -1,4 +1,4 @@
-"""Which classes a base model has and which a session adds: settled once, and written into the config."""
+"""Settle which classes a base model has and which a session adds, and write them into the config."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def settle_keep(cfg: CfgNode, *, required: bool = False) -> bool:
 
 
 def settled_line(old: int, packs: list[PackSpec]) -> str:
-    """Say what was settled, in a line."""
+    """Say in a line what was settled."""
     added = shorten([name for pack in packs for name in pack.classes])
     return f"KEEP exact: {old} old classes stay as they are, bit for bit; added: {added}"
 
@@ -138,7 +138,7 @@ def _base_table(cfg: CfgNode, path: str, known: Provenance) -> ClassTable:
 
 
 def _added(cfg: CfgNode, old: ClassTable, stored: KeptFile | None, required: bool) -> list[PackSpec]:
-    """Return what this session adds: the training set's classes that neither the base nor an earlier session has."""
+    """List what this session adds: classes that neither the base nor an earlier session has."""
     node = cfg.MODEL.HEAD_ADAPT
     labels = resolve_table(node.TARGET_CLASSES, key=HEAD_ADAPT.TARGET_CLASSES, space="thing")
     if labels is None and len(cfg.DATASETS.TRAIN):

@@ -26,8 +26,8 @@ BEFORE_A_CLAUSE = frozenset(("ask", "say", "tell", "warn"))
 def is_imperative(line: str) -> bool:
     """Tell whether a first line begins with a verb that says what to do."""
     first, *rest = line.split()
-    word = first.rstrip(".,:").lower()
-    if not re.fullmatch(r"[A-Z][a-z]+(-[a-z]+)?", first.rstrip(".,:")) or word in NO_VERBS:
+    word = first.rstrip(".,:;").lower()
+    if not re.fullmatch(r"[A-Z][a-z]+(-[a-z]+)?", first.rstrip(".,:;")) or word in NO_VERBS:
         return False
     if _OTHER_ENDINGS.search(word) and word not in LOOK_ALIKE:
         return False

@@ -45,7 +45,7 @@ def adopt_checkpointer(*, plan: bool = False) -> None:
 
 
 def overridden(cls: type[Checkpointer]) -> list[str]:
-    """Return the methods of :data:`DECIDE` that a subclass of ``DetectionCheckpointer`` brings itself."""
+    """List the methods of :data:`DECIDE` that a subclass of ``DetectionCheckpointer`` brings itself."""
     stock = (DetectionCheckpointer, Checkpointer)
     return [name for name in DECIDE if next(one for one in cls.__mro__ if name in vars(one)) not in stock]
 
@@ -66,7 +66,7 @@ def _class_in_place_of(cls: type[Checkpointer]) -> type[Checkpointer]:
 
 @functools.cache
 def _mixed(cls: type[DetectionCheckpointer]) -> type[DetectionCheckpointer]:
-    """Return a subclass of a script's checkpointer and, below it, of this package's."""
+    """Make a subclass of a script's checkpointer and, below it, of this package's."""
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, *args, **kwargs)
@@ -104,7 +104,7 @@ def _say_kept(cls: type[Checkpointer]) -> None:
 
 @functools.cache
 def _say_torchrun_alone() -> None:
-    """Warn once of processes that torchrun started and that never met each train a model of their own."""
+    """Warn once where processes of torchrun never met: each trains a model of its own."""
     several = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and not torch.distributed.is_initialized():
         logger.warning(

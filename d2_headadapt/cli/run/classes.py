@@ -71,7 +71,7 @@ class ScriptClasses:
     counts: Mapping[str, int]
 
     def settle(self, model: nn.Module) -> AdaptSettings:
-        """Return the settings of a model that was built, and what is said where ``DATASETS.TRAIN`` does not fit it."""
+        """Settle a built model's settings, and log where ``DATASETS.TRAIN`` does not fit it."""
         found = count_classes(model)
         say_other_spaces(self.told, layouts_of(model), target_key)
         target, yields = dict(self.settings.target), set[str]()
@@ -177,7 +177,7 @@ def _finish(model: nn.Module, settings: AdaptSettings, datasets: tuple[str, ...]
 
 
 def has_tasks(cfg: CfgNode) -> bool:
-    """Tell whether ``MODEL.TASKS`` holds tasks of this package; a script may have such a key for something else."""
+    """Tell whether ``MODEL.TASKS`` holds tasks of this package; a script may have a key of that name too."""
     tasks = cfg.MODEL.get("TASKS")
     return isinstance(tasks, CfgNode) and any(
         isinstance(node, Mapping) and (not node or not TASK_DEFAULTS.keys().isdisjoint(node)) for node in tasks.values()
@@ -211,7 +211,7 @@ def _tables_of(names: tuple[str, ...], told: Collection[str]) -> dict[str, Class
 
 
 def _table_of(names: tuple[str, ...], space: str) -> ClassTable | None:
-    """Return the classes of training sets; unknown, with a warning, where only detectron2 can use the sets."""
+    """Look up the classes of training sets; unknown, with a warning, where only detectron2 can use them."""
     if not _training and any(name in DatasetCatalog and not _tells(name) for name in names):
         return None  # Only loading would tell, and nobody may ever load it.
     try:
@@ -228,7 +228,7 @@ def _tells(name: str) -> bool:
 
 
 def _names_us(cfg: CfgNode) -> bool:
-    """Tell whether the config itself names heads or a predictor of this package, whose counts come from their table."""
+    """Tell whether the config itself names heads or a predictor of ours, whose counts come from their table."""
     return _is_ours(cfg.MODEL.ROI_HEADS.NAME) or cfg.MODEL.HEAD_ADAPT.PREDICTOR != "HeadAdaptOutputLayers"
 
 

@@ -101,7 +101,7 @@ def _settling(stock: Any) -> Any:
 
 
 def _without_our_defaults(cfg: CfgNode) -> CfgNode:
-    """Return a copy without the keys of this package that nobody set: who reads a dump may not know them."""
+    """Copy a config without the keys of ours that nobody set: who reads a dump may not know them."""
     if not isinstance(cfg.get("MODEL"), CfgNode) or "HEAD_ADAPT" not in cfg.MODEL:
         return cfg
     copy = cfg.clone()

@@ -1,4 +1,4 @@
-"""Replace ``DefaultTrainer`` and the data loaders of a script."""
+"""``DefaultTrainer`` and data loaders of a script."""
 
 from __future__ import annotations
 
