@@ -445,8 +445,14 @@ def _unknown_head(
     """What happens to a class-sized tensor that no layout moves, where the classes differ."""
     sized, key = refusal.sized, HEAD_ADAPT.UNKNOWN_HEADS.yaml
     if unknown_heads == "refuse":
-        shapes = {"source_shape": tuple(in_file), "target_shape": tuple(in_model)}
-        why = Why(Cause.UNKNOWN_HEAD, key=sized.key, names=refusal.lines, text=refusal.reason, **shapes)
+        why = Why(
+            Cause.UNKNOWN_HEAD,
+            key=sized.key,
+            source_shape=tuple(in_file),
+            target_shape=tuple(in_model),
+            names=refusal.lines,
+            text=refusal.reason,
+        )
         return TensorPlan(sized.tensor, "refused", sized.space, None, in_file, in_model, verified=False, why=why)
     if unknown_heads == "keep" and in_file == in_model:
         why = Why(Cause.UNKNOWN_KEPT, key=key)
