@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from d2_headadapt.adapt.discovery import Discovery
 from d2_headadapt.adapt.plan import TensorPlan
 from d2_headadapt.adapt.registry import register_head_layout, unregister_head_layout
 from d2_headadapt.adapt.report import plan_markdown, plan_table
+from d2_headadapt.checkpoint import load
 from d2_headadapt.cli.plan_html import plan_html
 from d2_headadapt.config.settings import attach_discovery
 from d2_headadapt.errors import LayoutError, PlanRefused
@@ -289,6 +291,35 @@ def test_names_in_common_and_nothing_carried_is_never_a_success(tmp_path: Path) 
         loaded(path, built(other, len(names)), names)
     plan = loaded(path, built(other, len(names)), names, source="none")
     assert [t.action for t in plan.tensors if t.space] == ["initialised"] * 2
+
+
+def silently_by_position(path: str, make: heads.Make) -> bool:
+    """Whether a file with the same number of classes in another order goes in as it lies, without a complaint."""
+    names, stored = LISTS["same count, other order"], torch.load(path, weights_only=True)["model"]
+    new = built(make, len(names))
+    try:
+        loaded(path, new, names)
+    except PlanRefused:
+        return False
+    return all(torch.equal(value, stored[key]) for key, value in new.state_dict().items())
+
+
+def test_mutation_without_the_gate_a_head_goes_in_by_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(built(heads.torchvision_like, len(OLD)), tmp_path)
+    assert not silently_by_position(path, heads.torchvision_like)
+    stock = load.know_heads
+    monkeypatch.setattr(load, "know_heads", lambda *args: replace(stock(*args), refused=()))
+    assert silently_by_position(path, heads.torchvision_like)
+
+
+def test_mutation_without_the_found_layouts_a_head_goes_in_by_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(built(heads.fcos, len(OLD)), tmp_path)
+    assert not silently_by_position(path, heads.fcos)
+    stock = load.know_heads
+    monkeypatch.setattr(load, "know_heads", lambda *args: replace(stock(*args), layouts=()))
+    assert silently_by_position(path, heads.fcos)
 
 
 def test_lost_spaces_are_those_of_which_nothing_is_carried() -> None:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from helpers import foreign_heads as heads
 from helpers.commands import cli
+
+from d2_headadapt import AdaptSettings, HeadAdaptCheckpointer, Trainer, load_config
+from d2_headadapt.cli.run.models import Architecture
+from d2_headadapt.config.settings import discovery_of
+from d2_headadapt.setup.recipe import resolved_recipe
 
 OLD = ["ant", "bee", "cat", "dog", "emu"]
 NEW = ["dog", "gnu", "ant"]
@@ -71,3 +78,33 @@ def test_two_meanings_are_exit_code_1_with_the_line_and_the_key(place: Path, wha
     assert code == 1 and "register_head_layout('basis_module.seg_head.3.weight'" in text
     assert "MODEL.HEAD_ADAPT.UNKNOWN_HEADS reinitialise" in text
     assert not (place / "refused.pth").exists()
+
+
+def own_config(place: Path) -> CfgNode:
+    command(place, "plan", "fcos")  # Imports the project.
+    opts = ["MODEL.FOREIGN.KIND", "fcos", "MODEL.HEAD_ADAPT.TARGET_CLASSES", json.dumps(NEW)]
+    return load_config(str(place / "model.yaml"), opts, [str(place / "foreign_project.py")])
+
+
+@pytest.mark.parametrize("way", ["recipe", "meta", "trainer", "run"])
+def test_whoever_builds_a_model_leaves_how_to_build_it_again(way: str, place: Path) -> None:
+    cfg = own_config(place)
+    if way == "run":
+        cfg.freeze()
+        model = Architecture(META_ARCH_REGISTRY.get("ForeignDetector"))(cfg)
+    else:
+        recipe = resolved_recipe(cfg, None, reads_labels=False)
+        ways = {
+            "recipe": recipe.build,
+            "meta": recipe.build_on_meta,
+            "trainer": lambda: Trainer.build_model(recipe.config),
+        }
+        model = ways[way]()
+    found = discovery_of(model)
+    assert found is not None and [family.keys for family in found.families] == [("MODEL.FOREIGN.NUM_CLASSES",)]
+    settings = AdaptSettings.of(NEW, OLD)
+    plan = HeadAdaptCheckpointer(model, settings=settings).adapted(
+        {"model": {k: torch.zeros(v.shape) for k, v in heads.fcos(len(OLD)).state_dict().items()}}, "old.pth"
+    )[1]
+    moved = plan.tensor("proposal_generator.fcos_head.cls_logits.weight")
+    assert moved is not None and moved.carried == ((0, 3), (2, 0))
