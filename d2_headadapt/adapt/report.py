@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
 from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, normalise, shorten
+from .near import near_names
 from .plan import ACTIONS, AdaptPlan, TensorPlan
 from .planner import source_key
+from .vocabularies import vocabularies_of
 
 _HEADERS = ("head group", "tensor", "action", "in the file", "in the model", "classes")
 _ALIAS_MOST = 12
+LEAST_TO_GUESS = 17
+"""Classes (COCO's keypoints) from which on a count alone points to a vocabulary."""
+
+
+LEVELS = ("refused", "discarded", "unverified", "near", "initialised")
+"""Of notices, worst first: nothing is loaded; a head that the file has trained is not used; a head is loaded by shape
+alone; a new class may be a dropped one under another spelling; a head starts afresh, as it must."""
+SURPRISING = LEVELS[1:4]
+"""Levels that a run warns of: it goes on, and probably not as its user meant."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Notice:
     """Something of a plan that a user should look at before anything runs.
 
     Args:
-        level: ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh).
+        level: one of :data:`LEVELS`.
         what: what happens, in one sentence without a full stop.
         why: the plan's cause, in words.
         type_this: what to type about it; empty where there is nothing to type.
@@ -37,6 +49,11 @@ class Notice:
     type_this: str
     hint: str
     tensors: tuple[str, ...]
+
+    def line(self) -> str:
+        """All of it in one line."""
+        typed = f"; type: {self.type_this}" if self.type_this else ""
+        return f"{self.level}: {self.what}: {self.why}{typed}{f' ({self.hint})' if typed and self.hint else ''}"
 
 
 def summary_line(plan: AdaptPlan) -> str:
@@ -135,9 +152,30 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
         notices.append(Notice("unverified", what, sentence(root, root=True), *_command(tensors[0], plan), names))
     for (group, root), tensors in _grouped(plan.by_action("initialised")).items():
         what = f"{_count(len(tensors), 'tensor')} of {group} keep{'s' * (len(tensors) == 1)} the model's initial values"
+        trained = root.cause.surprising and any(t.source_shape for t in tensors)
+        level = "discarded" if trained else "initialised"
         names = tuple(t.name for t in tensors)
-        notices.append(Notice("initialised", what, sentence(root, root=True), *_command(tensors[0], plan), names))
-    return tuple(notices)
+        notices.append(Notice(level, what, sentence(root, root=True), *_command(tensors[0], plan), names))
+    notices += [notice for space in sorted(plan.maps) for notice in _near_notice(plan, space)]
+    return tuple(sorted(notices, key=lambda notice: LEVELS.index(notice.level)))
+
+
+def _near_notice(plan: AdaptPlan, space: str) -> Iterator[Notice]:
+    """What to type where new classes have near names among those of the file that nobody takes."""
+    found = near_names(plan.maps[space])
+    # Where nothing of the space is taken from the file, an alias changes nothing.
+    if not found or not any(t.space == space for t in plan.by_action("copied", "carried")):
+        return
+    one = len(found) == 1
+    what = f"{len(found)} new {space} class{' has a name' if one else 'es have names'} near to dropped ones"
+    pairs = [f"{_quoted(near.target)} and {_quoted(near.source)} ({near.likeness.value})" for near in found]
+    aliases = [f"{near.target}={near.source}" for near in found]
+    hint = "if they mean the same; else leave it"
+    yield Notice("near", what, shorten(pairs), f"MODEL.HEAD_ADAPT.ALIASES {shlex.quote(str(aliases))}", hint, ())
+
+
+def _quoted(name: str) -> str:
+    return repr(" ".join(name.split()))
 
 
 def plan_spaces(plan: AdaptPlan) -> list[str]:
@@ -192,10 +230,21 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
         count = layout.num_classes(shape) if layout is not None and layout.axes and shape is not None else None
         holds = f"; the shapes of {side} hold {count}" if count else ""
         verb = "corrected " if t.space in table else ""
+        guess = "" if of_model else probable_vocabulary(count or 0, t.space)
+        if guess:
+            return f"{t.why.key} {guess}", f"{count} rows: probably {guess}; else a dataset, a file or a list of names"
         return f"{t.why.key} names.txt", f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
     if t.cause is Cause.ONE_OR_AGNOSTIC:
         return f"MODEL.HEAD_ADAPT.EXCLUDE \"['{t.name}']\"", "or build the model class-specific"
     return "", ""
+
+
+def probable_vocabulary(count: int, space: str) -> str:
+    """The vocabulary that a file with so many unnamed classes was probably trained on; empty where none is likely.
+
+    Small numbers fit everybody's list.
+    """
+    return next(iter(vocabularies_of(count, space)), "") if count >= LEAST_TO_GUESS else ""
 
 
 def _rows(plan: AdaptPlan, notices: Sequence[Notice], every_tensor: bool) -> list[list[str]]:

@@ -19,11 +19,12 @@ from torch import nn
 from ..adapt.causes import Cause
 from ..adapt.plan import AdaptPlan
 from ..adapt.registry import layouts_of
-from ..adapt.report import plan_json, plan_notices, plan_table, summary_line
+from ..adapt.report import SURPRISING, plan_json, plan_notices, plan_table, summary_line
 from ..config.settings import AdaptSettings, settings_of
 from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
 from ..modeling.text.predictor import FACTS, text_facts
+from ..said import be_heard
 from .load import (
     LoadRequest,
     PreparedLoad,
@@ -91,7 +92,10 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 nothing is, heads are loaded as stock detectron2 loads them, which is said.
             save_to_disk, checkpointables: as in ``DetectionCheckpointer``.
         """
+        be_heard()
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        # fvcore's logger has no handler in a script that only sets up detectron2's.
+        self.logger = logger
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None
@@ -244,8 +248,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         say_unused(unused)
         self.logger.info("Plan of %s:\n%s", self._request.path, plan_table(plan, summary=False))
         for notice in plan_notices(plan):
-            if notice.level == "unverified":
-                self.logger.warning("unverified: %s: %s; type: %s", notice.what, notice.why, notice.type_this)
+            if notice.level in SURPRISING:
+                self.logger.warning("%s", notice.line())
         self.logger.info("%s", summary_line(plan))
 
     def _write_plan(self, plan: AdaptPlan) -> None:

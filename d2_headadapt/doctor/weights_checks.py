@@ -48,18 +48,23 @@ def covers(context: DoctorContext) -> Iterator[Finding]:
         yield Finding.of("HA302", error)
 
 
-@check("HA303", "the classes of every head that is loaded are known", needs=("plan",), severity="warning")
+@check("HA303", "every head of the file is loaded, and its classes are known", needs=("plan",), severity="warning")
 def classes_known(context: DoctorContext) -> Iterator[Finding]:
+    yield from _noticed("HA303", context, ("discarded", "unverified"), "a head whose classes are known on both sides")
+
+
+@check("HA312", "no new class looks like a dropped one", needs=("plan",), severity="warning")
+def near_classes(context: DoctorContext) -> Iterator[Finding]:
+    yield from _noticed("HA312", context, ("near",), "one name for what is the same class")
+
+
+def _noticed(code: str, context: DoctorContext, levels: Sequence[str], expected: str) -> Iterator[Finding]:
     for notice in plan_notices(context.plan):
-        if notice.level == "unverified":
-            yield Finding(
-                "HA303",
-                "warning",
-                context.weights_path,
-                f"{notice.what}: {notice.why}",
-                "a head whose classes are known on both sides",
-                f"Type: {notice.type_this} ({notice.hint})." if notice.hint else f"Type: {notice.type_this}.",
-            )
+        if notice.level in levels:
+            fix = "Build the model as the file was made, or leave it if that is meant."
+            if notice.type_this:
+                fix = f"Type: {notice.type_this}" + (f" ({notice.hint})." if notice.hint else ".")
+            yield Finding(code, "warning", context.weights_path, f"{notice.what}: {notice.why}", expected, fix)
 
 
 @check("HA304", "a class list of the same length is the same list", needs=("plan",), severity="warning")

@@ -16,10 +16,10 @@ from detectron2.engine import create_ddp_model
 from detectron2.engine import default_argument_parser as stock_argument_parser
 from detectron2.engine import launch as stock_launch
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from .. import said
 from ..errors import ConfigError, HeadAdaptError
 
 
@@ -49,7 +49,7 @@ def log_to(folder: str) -> None:
         ConfigError: it cannot be made or written to.
     """
     try:
-        setup_logger(folder, distributed_rank=comm.get_rank(), name="d2_headadapt")
+        said.log_to(folder, comm.get_rank())
     except OSError as exc:
         raise ConfigError(
             "OUTPUT_DIR", expected="a folder, or a place for one", found=str(exc), fix="Name another folder."

@@ -158,6 +158,9 @@ def record_plan(checkpointer: HeadAdaptCheckpointer, storage: EventStorage, iter
     plan = checkpointer.plan
     if plan is not None and comm.is_main_process():
         storage.put_scalar("head_adapt/coverage", plan.coverage, smoothing_hint=False)
+        carried, total = plan.class_coverage
+        if total:
+            storage.put_scalar("head_adapt/class_coverage", carried / total, smoothing_hint=False)
         with SummaryWriter(checkpointer.save_dir) as writer:
             writer.add_text("head_adapt/plan", plan_markdown(plan), iteration)
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..adapt.classes import SPACES
 from ..data.task_mapper import Mapper
 from ..modeling.task_dry_run import evaluating
+from ..said import be_heard
 from .boxes import fit_boxes
 from .dense import fit_dense
 from .images import FeatureCache, ImageStream, choose_images, random_states_kept
@@ -62,6 +63,7 @@ def fit_new_rows(
     wanted = {name: tuple(classes) for name, classes in new.items() if len(classes)}
     if not wanted:
         return FitReport()
+    be_heard()
     if isinstance(model, DistributedDataParallel):
         model = model.module
     writer = RowWriter(model, wanted)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from d2_headadapt.adapt.classes import ClassTable
 from d2_headadapt.adapt.layouts import HeadLayout
 from d2_headadapt.adapt.plan import AdaptPlan, TensorPlan
@@ -91,6 +93,35 @@ def test_a_copy_by_shape_alone_says_which_key_verifies_it() -> None:
     assert notice.hint.endswith("the shapes of the file hold 5")
     text = plan_table(plan)
     assert text.count("see note 1") == 2 and "type: MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "typed", "hint"),
+    [
+        (80, "MODEL.HEAD_ADAPT.SOURCE_CLASSES coco", "80 rows: probably coco; else a dataset, a file or a list of names"),
+        (20, "MODEL.HEAD_ADAPT.SOURCE_CLASSES voc", "20 rows: probably voc; else a dataset, a file or a list of names"),
+        (365, "MODEL.HEAD_ADAPT.SOURCE_CLASSES objects365", "365 rows: probably objects365; else a dataset, a file or a "
+         "list of names"),
+        (8, "MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt", "or a dataset, vocabulary, .json file or list of names; the "
+         "shapes of the file hold 8"),
+    ],
+)  # fmt: skip
+def test_a_trained_head_without_names_is_discarded_with_the_guess_that_fits(rows: int, typed: str, hint: str) -> None:
+    """Never taken by a guess, and never left out without a word."""
+    plan = make(None, k=rows)
+    (notice,) = plan_notices(plan)
+    assert (notice.level, notice.type_this, notice.hint) == ("discarded", typed, hint)
+    assert notice.tensors == (BOX, MASK) and notice.what == "2 tensors of heads keep the model's initial values"
+    assert notice.why.endswith(f"the classes of the file are unknown: set MODEL.HEAD_ADAPT.SOURCE_CLASSES")
+    assert notice.line().startswith("discarded: 2 tensors of heads keep the model's initial values: (")
+    assert plan.class_coverage == (0, 5), "the share of tensors alone says little"
+    assert plan.coverage == 1 / 4, "the trunk's one tensor of four"
+
+
+def test_a_head_that_starts_afresh_as_the_class_lists_say_is_no_surprise() -> None:
+    plan = make(ClassTable(["a", "b", "c", "d"]), ClassTable(["w", "x", "y", "z"]))
+    assert [notice.level for notice in plan_notices(plan)] == ["initialised"]
+    assert plan.class_coverage == (0, 4) and make().class_coverage == (4, 5)
 
 
 def test_unknown_classes_of_the_model_name_the_key_of_that_side() -> None:

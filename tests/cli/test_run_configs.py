@@ -18,7 +18,7 @@ from helpers.models import names, stock_model
 from helpers.repository import CLS, SOURCE, Repository, adopted, shipped
 
 from d2_headadapt.cli.run.models import Architecture
-from d2_headadapt.cli.run.said import BesideDetectron2
+from d2_headadapt.said import BesideDetectron2
 
 # Its data loader is built before its model, and its processes are handed the config itself.
 LOADER_FIRST = """

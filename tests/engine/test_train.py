@@ -387,7 +387,7 @@ def test_settings_of_the_config_are_on_the_model_whatever_built_it(run: Run) -> 
     model = Trainer.build_model(cfg)
     assert isinstance(model, nn.Module)
     checkpointer = HeadAdaptCheckpointer(model)
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         checkpointer.load(cfg.MODEL.WEIGHTS)
     assert "No class tables are attached" not in texts(said)
     assert checkpointer.untrained == {"thing": ("zebra",)}
