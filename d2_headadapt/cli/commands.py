@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +67,10 @@ def _check_reports(paths: Sequence[str | None], checkpoints: Sequence[str]) -> N
         folder = os.path.dirname(path or "") or "."
         if not os.path.isdir(folder):
             raise UsageError(
-                str(path), expected="an existing folder", found=f"no folder {folder!r}", fix=f"Type: mkdir -p {folder}"
+                str(path),
+                expected="an existing folder",
+                found=f"no folder {folder!r}",
+                fix=f"Type: mkdir -p {shlex.quote(folder)}",
             )
 
 

@@ -12,6 +12,7 @@ from ..export import ENDINGS
 from ..setup.lazy.words import lazy_words
 from ..version import __version__
 from .commands import adapt, doctor, explain, export, fit, plan, predict, run_existing, train
+from .misplaced import refuse_misplaced
 
 DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."
 EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line is wrong."
@@ -20,7 +21,13 @@ EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words, script = split_script(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(words, argparse.Namespace(script=script))
+    parser = build_parser()
+    try:
+        refuse_misplaced(words, parser)
+    except HeadAdaptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    args = parser.parse_args(words, argparse.Namespace(script=script))
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         with lazy_words(getattr(args, "config_file", "")):

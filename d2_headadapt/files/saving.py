@@ -12,6 +12,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +99,9 @@ def existing_output(path: str, *, force: bool, inputs: Sequence[str], endings: S
     if not path.endswith(tuple(endings)):
         _refuse(path, f"a file name that ends in {' or '.join(endings)}", "another ending", "Rename the output.")
     if not os.path.isdir(folder):
-        _refuse(path, "an existing output folder", f"no folder {folder!r}", f"Make it first: mkdir -p {folder}")
+        _refuse(
+            path, "an existing output folder", f"no folder {folder!r}", f"Make it first: mkdir -p {shlex.quote(folder)}"
+        )
     if os.path.isdir(path):
         _refuse(path, "a file name", "a folder", "Name a file inside it.")
     for name in inputs:
@@ -164,7 +167,7 @@ def replace_file(path: str, write: Callable[[str], None]) -> None:
 
 def _fix(folder: str, error: BaseException) -> str:
     if not os.path.isdir(folder):
-        return f"Make the folder first: mkdir -p {folder}"
+        return f"Make the folder first: mkdir -p {shlex.quote(folder)}"
     if not isinstance(error, OSError) and "failed writing" not in str(error) and "fail at" not in str(error):
         return "Nothing was changed. Save tensors, numbers, text, lists and dicts only."
     free = shutil.disk_usage(folder).free

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from ..errors import ConfigError, DatasetError, UsageError
 from ..modeling.text.preflight import refuse_text
 from .components import add_component_keys, import_components
 from .task_checks import check_tasks
+from .typed import not_of_type
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +115,30 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
         cfg = CfgNode(reader)
         cfg.MODEL.TASKS.set_new_allowed(True)
     complete_tasks(cfg)
-    if len(opts) % 2:
-        raise UsageError(
-            "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."
-        )
+    refuse_words(opts)
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         merge(cfg, "command line", partial(cfg.merge_from_list, [key, value]))
     cfg.DATASETS.REGISTER = absolute_entries(cfg.DATASETS.REGISTER, os.getcwd())
     return cfg
+
+
+def refuse_words(opts: Sequence[str]) -> None:
+    """Raise for overrides that are no ``KEY VALUE`` pairs.
+
+    Raises:
+        UsageError: an option or a config among them, or a key without a value.
+    """
+    for word in opts[::2]:
+        if word.startswith("--"):
+            fix = f"Move {word} and what belongs to it in front of {opts[0]}."
+            raise UsageError("command line", expected="options before KEY VALUE pairs", found=repr(word), fix=fix)
+        if word.endswith((".yaml", ".yml")):
+            fix = f"Type: --config-file {shlex.quote(word)}"
+            raise UsageError("command line", expected="KEY VALUE pairs", found=f"the file {word!r}", fix=fix)
+    if len(opts) % 2:
+        key, equals, value = opts[-1].partition("=")
+        fix = f"Type: {key} {shlex.quote(value)}" if equals and value else f"Type the value behind {key}."
+        raise UsageError("command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix=fix)
 
 
 def _refuse_saved_lazy(config_file: str) -> None:
@@ -278,9 +296,7 @@ def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
             where, expected="a yaml file and base files that can be read", found=str(exc), fix="Correct the path."
         ) from exc
     except ValueError as exc:
-        fix = "Correct the value." + (" A list is written [one, two]." if "tuple" in str(exc) else "")
-        found = " ".join(str(exc).split())[:300]
-        raise ConfigError(where, expected="a value of the key's type", found=found, fix=fix) from exc
+        raise not_of_type(where, exc) from exc
 
 
 def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 import pytest
+from detectron2.config import get_cfg
 
 from d2_headadapt.adapt.classes import ClassMap, ClassTable
 from d2_headadapt.adapt.layouts import HeadLayout
@@ -47,14 +48,23 @@ def test_what_probably_means_a_class_of_coco_is_suggested(new: str, dropped: str
     assert near([new, "gnu"], vocabulary("coco")) == [(new, dropped, likeness.value)]
 
 
-@pytest.mark.parametrize("new", ["goat", "house", "cab bage", "gnu", "raccoon", "pear", "beard", "shooter", "sneeze", "card", "7", "class 3"])
+@pytest.mark.parametrize(
+    "new", ["goat", "house", "cab bage", "gnu", "raccoon", "pear", "beard", "shooter", "sneeze", "card", "7", "class 3"]
+)
 def test_a_word_of_its_own_is_no_suggestion(new: str) -> None:
     assert near([new], vocabulary("coco")) == []
 
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [("type a", "type b"), ("model 1", "model 2"), ("a3000", "a3001"), ("x", "y"), ("cat", "car"), ("grade-i", "grade-ii")],
+    [
+        ("type a", "type b"),
+        ("model 1", "model 2"),
+        ("a3000", "a3001"),
+        ("x", "y"),
+        ("cat", "car"),
+        ("grade-i", "grade-ii"),
+    ],
 )
 def test_numbers_letters_and_short_words_are_never_typing_errors(a: str, b: str) -> None:
     assert not is_typing_error(a, b) and near([a], [b]) == []
@@ -78,13 +88,16 @@ def plan_of(target: list[str], source: list[str], rows: str = "name") -> AdaptPl
 
 def test_the_notice_is_a_line_that_works_when_typed() -> None:
     """Whatever the names hold: the line goes through a shell and into a config, and then nothing is left to say."""
-    source, target = ["person", "chair", "dog", "driver's cab"], ["persn", "chairs", "hound", "drivers cab", "driver's cabs"]
+    source, target = (
+        ["person", "chair", "dog", "driver's cab"],
+        ["persn", "chairs", "hound", "drivers cab", "driver's cabs"],
+    )
     (notice,) = plan_notices(plan_of(target, source))
     assert notice.level == "near"
     assert notice.what == "4 new thing classes have names near to dropped ones"
-    assert notice.why.startswith("'persn' and 'person' (spelling), 'chairs' and 'chair' (plural), 'hound' and 'dog' (mean")
-    from detectron2.config import get_cfg
-
+    assert notice.why.startswith(
+        "'persn' and 'person' (spelling), 'chairs' and 'chair' (plural), 'hound' and 'dog' (mean"
+    )
     cfg = get_cfg()
     add_headadapt_config(cfg)
     cfg.merge_from_list(shlex.split(notice.type_this))
@@ -92,7 +105,7 @@ def test_the_notice_is_a_line_that_works_when_typed() -> None:
     assert aliases[:3] == ["persn=person", "chairs=chair", "hound=dog"]
     made = plan_adaptation(
         {"head.weight": (5, 4)},
-        {"head.weight": (6, 4)},
+        {"head.weight": (len(target) + 1, 4)},
         [HeadLayout("head.weight", "thing", "head", extra=1)],
         source_tables={"thing": ClassTable(source)},
         target_tables={"thing": ClassTable(target)},
