@@ -54,6 +54,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
     Attributes:
         plan: what the last load did; ``None`` before the first.
         untrained: class names by label space of which some row was neither carried, fitted nor trained.
+        last_file: the checkpoint that this run wrote last, or goes on with; empty before the first.
 
     Example:
         >>> import tempfile
@@ -100,6 +101,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None
         self.plan: AdaptPlan | None = None
+        self.last_file = ""
         self.untrained: dict[str, tuple[str, ...]] = {}
         self._open: dict[str, tuple[str, ...]] = {}
         self._known = Provenance()
@@ -200,6 +202,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._request.path)
         self._remember(plan, known)
+        self.last_file = self._request.path if self._request.own else self.last_file
         self.untrained, self._open = untrained, still_open
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
@@ -287,6 +290,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         else:
             write_checkpoint(path, data)
         self.tag_last_checkpoint(f"{name}.pth")
+        self.last_file = path
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if "://" in self.save_dir:

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..engine.launch import add_import_argument, default_argument_parser
+from ..engine.stopping import INTERRUPTED
 from ..errors import HeadAdaptError
 from ..export import ENDINGS
+from ..files import is_full, unwritable
 from ..setup.lazy.words import lazy_words
 from ..version import __version__
 from .commands import adapt, doctor, explain, export, fit, plan, predict, run_existing, train
@@ -35,6 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HeadAdaptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        output = getattr(args, "output", None)
+        print(f"stopped; {output} was not written" if output else "stopped", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if not is_full(error):
+            raise
+        refused = unwritable(str(error.filename or getattr(args, "output", None) or "."), error)
+        print(f"error: {refused}", file=sys.stderr)
+        return refused.exit_code
 
 
 def split_script(argv: Sequence[str]) -> tuple[list[str], list[str]]:

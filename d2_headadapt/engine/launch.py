@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from .. import said
 from ..errors import ConfigError, HeadAdaptError
+from .stopping import INTERRUPTED
 
 
 def default_argument_parser(epilog: str | None = None) -> argparse.ArgumentParser:
@@ -66,6 +67,8 @@ def command(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         launch(partial(_said, run), args)
     except HeadAdaptError as error:
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except ProcessExitedException as exc:
         return exc.exit_code
     return 0
@@ -80,6 +83,12 @@ def _said(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) ->
         if several:
             # A traceback from every process would bury the line.
             sys.exit(error.exit_code)
+        raise
+    except KeyboardInterrupt as stop:
+        if comm.is_main_process():
+            print(str(stop) or "stopped", file=sys.stderr, flush=True)
+        if comm.get_world_size() > 1:
+            sys.exit(INTERRUPTED)
         raise
 
 

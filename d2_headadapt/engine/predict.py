@@ -31,7 +31,7 @@ from ..checkpoint.provenance import KEY, Provenance
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import CheckpointFileError, ConfigError, DatasetError
 from ..evaluation.drawing import draw_tasks, image_lines
-from ..files import read_checkpoint, write_text
+from ..files import is_full, read_checkpoint, unwritable, write_text
 from ..setup.recipe import Recipe
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -202,6 +202,8 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, lea
             output.mkdir(parents=True, exist_ok=True)
             drawn.save(str(picture))
         except OSError as exc:
+            if is_full(exc):
+                raise unwritable(str(picture), exc) from exc
             raise CheckpointFileError(
                 str(output), expected="a folder, or a place for one", found=str(exc), fix="Name another --output."
             ) from exc

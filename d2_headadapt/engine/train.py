@@ -40,6 +40,7 @@ from .launch import command as command
 from .launch import ddp_without_gpus, log_to
 from .launch import default_argument_parser as default_argument_parser
 from .launch import launch as launch
+from .stopping import in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,16 @@ class Trainer(DefaultTrainer):
         say_what_is_read(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
         super().resume_or_load(resume)
         say_what_is_left(self.start_iter, self.max_iter)
+
+    def train(self) -> Any:
+        """Train; Ctrl-C and a full disk end it with one line that says how to go on.
+
+        Raises:
+            Stopped: Ctrl-C.
+            CheckpointFileError: the disk is full.
+        """
+        with in_one_line(self, self.checkpointer):
+            return super().train()
 
     def before_train(self) -> None:
         super().before_train()

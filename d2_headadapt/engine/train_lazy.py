@@ -38,6 +38,7 @@ from ..setup.lazy.words import is_lazy_file, lazy_words
 from ..setup.recipe import LazyRecipe
 from .gradient_watch import UntrainedHeads
 from .launch import log_to
+from .stopping import in_one_line
 from .train import build_evaluator, record_plan, refuse_new_rows, say_what_is_left, say_what_is_read
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,8 @@ def train(recipe: LazyRecipe, resume: bool) -> None:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     say_what_is_left(start, lazy.train.max_iter)
-    trainer.train(start, lazy.train.max_iter)
+    with in_one_line(trainer, checkpointer):
+        trainer.train(start, lazy.train.max_iter)
 
 
 class _PlanInRecord(HookBase):

@@ -7,6 +7,7 @@ process leaves under such a name is never taken for a checkpoint, and the next w
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import pickle
@@ -153,25 +154,43 @@ def replace_file(path: str, write: Callable[[str], None]) -> None:
     except CheckpointFileError:
         raise
     except _SAVE_ERRORS as error:
-        raise CheckpointFileError(
-            path,
-            expected="a file that can be written",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}",
-            fix=_fix(folder, error),
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         _in_progress.discard(temporary)
         with contextlib.suppress(OSError):  # gone after a success
             os.unlink(temporary)
 
 
-def _fix(folder: str, error: BaseException) -> str:
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and (error.errno in full or os.strerror(errno.ENOSPC) in str(error))
+
+
+def unwritable(path: str, error: BaseException) -> CheckpointFileError:
+    """The error for a file that was not written.
+
+    Args:
+        path: the file, or where only that is known its folder.
+        error: what was raised.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(os.path.realpath(path))
+    text = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}"
+    # torch's writer says that it failed, and not why.
+    of_writer = "failed writing" in str(error) or "fail at" in str(error)
     if not os.path.isdir(folder):
-        return f"Make the folder first: mkdir -p {shlex.quote(folder)}"
-    if not isinstance(error, OSError) and "failed writing" not in str(error) and "fail at" not in str(error):
-        return "Nothing was changed. Save tensors, numbers, text, lists and dicts only."
-    free = shutil.disk_usage(folder).free
-    return f"Nothing was changed. Look at the folder's rights and space ({free / 2**20:,.0f} MiB free)."
+        fix = f"Make the folder first: mkdir -p {shlex.quote(folder)}"
+    elif is_full(error) or (of_writer and shutil.disk_usage(folder).free < 2**20):
+        free = shutil.disk_usage(folder).free
+        found = f"No space left on device, the disk of {folder}: it was not written"
+        fix = f"Nothing was changed. Free some space there ({free / 2**20:,.0f} MiB free), or name another folder."
+        return CheckpointFileError(path, expected="space for the file", found=found, fix=fix)
+    elif isinstance(error, OSError) or of_writer:
+        free = shutil.disk_usage(folder).free
+        fix = f"Nothing was changed. Look at the folder's rights and space ({free / 2**20:,.0f} MiB free)."
+    else:
+        fix = "Nothing was changed. Save tensors, numbers, text, lists and dicts only."
+    return CheckpointFileError(path, expected="a file that can be written", found=text, fix=fix)
 
 
 def _sync(path: str) -> None:

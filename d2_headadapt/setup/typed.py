@@ -58,7 +58,7 @@ def typed_fix(key: str, old: str, value: Any, *, in_yaml: bool) -> str:
 
     Example:
         >>> typed_fix("DATASETS.TRAIN", "tuple", "street_train", in_yaml=False)
-        'Type: DATASETS.TRAIN "[\'street_train\']"'
+        'Type DATASETS.TRAIN "[\'street_train\']" instead.'
         >>> typed_fix("SOLVER.BASE_LR", "float", "1e-4", in_yaml=True)
         'Write SOLVER.BASE_LR: 0.0001 there.'
     """
@@ -85,7 +85,7 @@ def typed_fix(key: str, old: str, value: Any, *, in_yaml: bool) -> str:
         dumped = yaml.safe_dump(right, default_flow_style=True, width=1000).splitlines()[0]
         line = f'"{plain}"' if isinstance(right, str) and plain != right else dumped
         return f"Write {key}: {line} there."
-    return f"Type: {key} {_shell(plain)}"
+    return f"Type {key} {_shell(plain)} instead."
 
 
 def _shell(text: str) -> str:

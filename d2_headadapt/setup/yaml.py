@@ -23,6 +23,7 @@ from ..data.task_datasets import say_unused_tasks, settle_tasks
 from ..data.task_spec import complete_tasks
 from ..errors import ConfigError, DatasetError, UsageError
 from ..modeling.text.preflight import refuse_text
+from ..said import be_heard
 from .components import add_component_keys, import_components
 from .task_checks import check_tasks
 from .typed import not_of_type
@@ -41,7 +42,7 @@ class PathAwareCfgNode(CfgNode):
 
 
 def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
-    """What a yaml says in its own place: paths of ``DATASETS.REGISTER`` become absolute, a task's ``on`` a string.
+    """What a yaml says in its own place: paths become absolute, a task's ``on`` a string.
 
     Args:
         loaded: its content, with that of its base files, which came through here first; changed in place.
@@ -55,10 +56,32 @@ def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
     entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
     if isinstance(datasets, dict) and isinstance(entries, (list, tuple)):
         datasets["REGISTER"] = absolute_entries(entries, os.path.dirname(os.path.abspath(filename)))
+    model = loaded.get("MODEL")
+    if isinstance(model, dict) and isinstance(model.get("WEIGHTS"), str):
+        model["WEIGHTS"] = beside_config(model["WEIGHTS"], filename, "MODEL.WEIGHTS")
     tasks = (loaded.get("MODEL") or {}).get("TASKS") if isinstance(loaded.get("MODEL"), dict) else None
     for task in tasks.values() if isinstance(tasks, dict) else ():
         if isinstance(task, dict) and True in task:
             task["on"] = task.pop(True)  # A bare `on` is a truth value in YAML 1.1.
+
+
+def beside_config(path: str, config_file: str, key: str) -> str:
+    """A checkpoint's path: seen from the working directory, and where nothing is there, from the config's folder.
+
+    Args:
+        path: as the config has it; what is absolute or an address stays.
+        config_file: the file that holds it.
+        key: where it stands in there, for the log.
+    """
+    file, mark, query = path.partition("?")
+    if not file or "://" in file or os.path.isabs(file) or os.path.isfile(file):
+        return path
+    other = os.path.join(os.path.dirname(os.path.abspath(config_file)), file)
+    if not os.path.isfile(other):
+        return path
+    be_heard()
+    logger.info("%s %s is not in the working directory: taken from beside %s, as %s.", key, file, config_file, other)
+    return f"{other}{mark}{query}"
 
 
 def _refuse_duplicate_tasks(filename: str) -> None:
@@ -133,11 +156,11 @@ def refuse_words(opts: Sequence[str]) -> None:
             fix = f"Move {word} and what belongs to it in front of {opts[0]}."
             raise UsageError("command line", expected="options before KEY VALUE pairs", found=repr(word), fix=fix)
         if word.endswith((".yaml", ".yml")):
-            fix = f"Type: --config-file {shlex.quote(word)}"
+            fix = f"Type --config-file {shlex.quote(word)} instead."
             raise UsageError("command line", expected="KEY VALUE pairs", found=f"the file {word!r}", fix=fix)
     if len(opts) % 2:
         key, equals, value = opts[-1].partition("=")
-        fix = f"Type: {key} {shlex.quote(value)}" if equals and value else f"Type the value behind {key}."
+        fix = f"Type {key} {shlex.quote(value)} instead." if equals and value else f"Type the value behind {key}."
         raise UsageError("command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix=fix)
 
 

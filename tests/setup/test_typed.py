@@ -34,7 +34,7 @@ def test_the_hint_of_the_command_line_can_be_typed(key: str, value: str, typed: 
     with pytest.raises(ConfigError) as caught:
         load_config("", [key, value])
     assert caught.value.where == "command line" and key in caught.value.found
-    words = shlex.split(caught.value.fix.removeprefix("Type: "))
+    words = shlex.split(caught.value.fix.removeprefix("Type ").removesuffix(" instead."))
     assert words == [key, typed]
     load_config("", words)
 
@@ -66,9 +66,9 @@ def test_the_hint_of_a_yaml_can_be_written(line: str, fix: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("opts", "fix"),
     [
-        (["c.yaml"], "Type: --config-file c.yaml"),
+        (["c.yaml"], "Type --config-file c.yaml instead."),
         (["SEED", "1", "--weights", "w"], "Move --weights and what belongs to it in front of SEED."),
-        (["SEED=3"], "Type: SEED 3"),
+        (["SEED=3"], "Type SEED 3 instead."),
         (["SEED"], "Type the value behind SEED."),
     ],
 )

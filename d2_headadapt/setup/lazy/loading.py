@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ...data.entry import absolute_entries
 from ...errors import ConfigError, HeadAdaptError, UsageError
 from ..components import import_components
+from ..yaml import beside_config
 from .words import in_lazy_words
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,9 @@ def load(config_file: str, opts: Sequence[str] = (), imports: Sequence[str] = ()
         raise _not_loaded(config_file, exc) from exc
     if NODE not in cfg:
         _refuse_lost_node(config_file)
+    weights = OmegaConf.select(cfg, "train.init_checkpoint", throw_on_missing=False)
+    if isinstance(weights, str):
+        cfg.train.init_checkpoint = beside_config(weights, config_file, "train.init_checkpoint")
     _override(cfg, opts)
     if not is_lazy(cfg):
         raise ConfigError(
