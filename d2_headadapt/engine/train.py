@@ -26,8 +26,10 @@ from ..adapt.report import plan_markdown
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.keys import freeze
 from ..config.settings import AdaptSettings, attach_settings, with_keys
+from ..data.dicts import Needs, checked_dicts
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
+from ..doctor.reading import WITHOUT_BOXES
 from ..doctor.running import examine_before_training
 from ..errors import PlanRefused, UsageError
 from ..evaluation.build import build_evaluator as build_evaluator
@@ -99,8 +101,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks."""
-        return build_task_train_loader(cfg) if cfg.MODEL.get("TASKS") else super().build_train_loader(cfg)
+        """Stock's loader; where ``MODEL.TASKS`` is not empty, one that carries the labels of tasks.
+
+        Raises:
+            DatasetError: a dict of a dataset lacks what detectron2 reads.
+        """
+        with checked_dicts(Needs(boxes=cfg.MODEL.META_ARCHITECTURE not in WITHOUT_BOXES)):
+            return build_task_train_loader(cfg) if cfg.MODEL.get("TASKS") else super().build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:

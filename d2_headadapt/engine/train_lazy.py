@@ -28,6 +28,7 @@ from ..checkpoint.keys import freeze
 from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
 from ..errors import ConfigError, UsageError
+from ..evaluation.truth import complete_truth
 from ..fit.hook import FitHook
 from ..fit.lookahead import CalmSettings
 from ..fit.settings import FitSettings
@@ -166,6 +167,8 @@ def _evaluator(recipe: LazyRecipe) -> DatasetEvaluator | list[DatasetEvaluator] 
         return build_evaluator(recipe.config, _only(names)) if names else None
     made = built(node, "dataloader.evaluator")
     evaluators: list[DatasetEvaluator] = [made] if isinstance(made, DatasetEvaluator) else list(made)
+    for one in evaluators:
+        complete_truth(one)
     specs = task_specs(recipe.config)
     if specs:
         # Here, because scikit-learn takes two seconds to import, which nobody without tasks should wait for.

@@ -22,6 +22,7 @@ from detectron2.evaluation import (
 from ..data.task_datasets import settle_tasks
 from ..data.task_spec import task_specs
 from ..errors import ConfigError, DatasetError
+from .truth import complete_truth
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -66,7 +67,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     # A model of whole images has no detections for the others.
     images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"
     evaluators = judge_tasks if images_alone else build[kind]() + judge_tasks
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    return complete_truth(evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators))
 
 
 def _task_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:

@@ -517,3 +517,15 @@ def test_a_command_that_ends_before_its_time(
     err = capsys.readouterr().err
     assert err.startswith(said.format(output=output, folder=run.folder)) and err.count("\n") == 1
     assert not output.exists() and not list(run.folder.glob(".*"))
+
+
+def test_the_run_s_own_checkpoint_with_source_classes_left_in_the_yaml_is_no_surprise(trained: tuple[Run, str]) -> None:
+    """As the guide says to do it: predict with the yaml of the training."""
+    run, final = trained[0], str(trained[0].output / "model_final.pth")
+    images, output = str(run.folder / "data"), str(run.folder / "predicted")
+    for more in (["--weights", final], ["MODEL.WEIGHTS", final]):
+        options, pairs = (more, []) if more[0].startswith("--") else ([], more)
+        line = ["predict", "--config-file", str(run.config), *options, "--images", images, "--output", output, *pairs]
+        with fresh_loggers(), logged("d2_headadapt") as said:
+            assert cli(line) == 0
+        assert [record.getMessage() for record in said if record.levelno >= logging.WARNING] == []
