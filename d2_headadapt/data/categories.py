@@ -19,6 +19,7 @@ from typing import IO, Any
 from detectron2.utils.file_io import PathManager
 
 from ..errors import ClassTableError, DatasetError
+from .foreign import as_recognised
 
 Category = dict[str, Any]
 
@@ -179,9 +180,10 @@ def _by_id(categories: Any, json_file: str) -> list[Category]:
 
 
 def _unreadable(json_file: str, found: str) -> DatasetError:
-    return DatasetError(
+    error = DatasetError(
         json_file,
         expected='a COCO json with "categories": [{"id": 1, "name": "..."}, ...]',
         found=found,
         fix="Correct the path or the file.",
     )
+    return as_recognised(json_file, error)

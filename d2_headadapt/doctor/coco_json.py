@@ -20,6 +20,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
+from ..data.foreign import as_recognised
 from ..errors import DatasetError
 
 MASK_NONE, MASK_POLYGON, MASK_RLE, MASK_BROKEN = range(4)
@@ -204,8 +205,10 @@ def read_coco(path: str) -> Labels:
             return _labels(path, _items(_POLYGONS.sub(_without_polygons, text)))
         except json.JSONDecodeError:
             return _labels(path, _items(text))  # For the line and column of the file as it is.
+    except DatasetError as error:
+        raise as_recognised(path, error) from error
     except (OSError, ValueError) as error:
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+        raise as_recognised(path, _unreadable(path, f"{type(error).__name__}: {error}")) from error
 
 
 def _without_polygons(found: re.Match[str]) -> str:

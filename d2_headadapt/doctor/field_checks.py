@@ -11,6 +11,7 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
 from ..adapt.classes import did_you_mean, normalise
 from ..data.datasets import task_facts
+from ..data.task_datasets import tasks_of_one_class
 from .coco_json import MASK_BROKEN, MASK_NONE, MASK_POLYGON, MASK_RLE, Labels
 from .finding import DoctorContext, Finding, check
 from .reading import coco_path, detected, from_json, has_roi_heads, listed, place, some
@@ -217,6 +218,15 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
 @check("HA218", "every task has labels that it knows", needs=("settings",), quick=True)
 def task_labels(context: DoctorContext) -> Iterable[Finding]:
     """What only loading would tell; a task whose classes the data tells is HA104's where it has no label."""
+    for task, label in tasks_of_one_class(context.part("registered")).items():
+        yield Finding(
+            "HA218",
+            "warning",
+            f"MODEL.TASKS.{task}",
+            f"one class, {label!r}: there is nothing to learn, and empty labels count as missing",
+            "two classes at least",
+            f"Name the classes in MODEL.TASKS.{task}.classes, or remove the task.",
+        )
     for task, node in context.cfg.MODEL.get("TASKS", {}).items():
         for which, names in (("TRAIN", context.train_names), ("TEST", context.test_names)):
             # Datasets that the user's own function loads tell it only by being loaded.

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .coco_json import Labels
 from .finding import DoctorContext, Finding, check
+from .missing_files import rewrite_that_finds
 from .reading import place, readable
 
 SAMPLE = 64
@@ -121,6 +122,18 @@ def images_are_there(context: DoctorContext) -> Iterable[Finding]:
         gone = [i for i, size in enumerate(_bytes(context, name, paths)) if size < 0 and labels.files[i]]
         if gone:
             first = ", ".join(paths[i] for i in gone[:3])
+            root = os.fspath(MetadataCatalog.get(name).get("image_root") or "") if labels.from_json else ""
+            rewrite = rewrite_that_finds(root, [labels.files[i] for i in gone])
+            if rewrite is not None:
+                yield Finding(
+                    "HA231",
+                    "error",
+                    place(name, labels),
+                    f"{len(gone)} of {len(paths)} images are not there, such as {first}",
+                    "a file for every image",
+                    f"All of them are found with {rewrite.what}: {rewrite.example}. {rewrite.fix}",
+                )
+                continue
             yield Finding(
                 "HA231",
                 "error",

@@ -19,7 +19,7 @@ from ..adapt.classes import KEY_SUFFIXES, ClassTable, did_you_mean
 from ..config.keys import add_headadapt_config
 from ..config.settings import AdaptSettings, apply_num_classes, write_tables
 from ..data.datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
-from ..data.task_datasets import say_unused_tasks, settle_tasks
+from ..data.task_datasets import say_about_tasks, settle_tasks
 from ..data.task_spec import complete_tasks
 from ..errors import ConfigError, DatasetError, UsageError
 from ..modeling.text.preflight import refuse_text
@@ -242,7 +242,7 @@ def settle_config(
     register_datasets(cfg.DATASETS.REGISTER)
     check_tasks(cfg)
     settle_tasks(cfg, required=required and reads_labels)
-    say_unused_tasks(cfg)
+    say_about_tasks(cfg)
     named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
     settings = AdaptSettings.from_config(cfg, required=required and (reads_labels or not named))
