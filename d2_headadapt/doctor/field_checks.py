@@ -1,7 +1,8 @@
-"""HA211 to HA219: class names against the metadata, and the fields that the enabled heads ask of every annotation."""
+"""HA211 to HA220: class names against the metadata, and the fields that the enabled heads ask of every annotation."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..data.datasets import task_facts
 from ..data.task_datasets import tasks_of_one_class
 from .coco_json import MASK_BROKEN, MASK_NONE, MASK_POLYGON, MASK_RLE, Labels
 from .finding import DoctorContext, Finding, check
-from .reading import coco_path, detected, from_json, has_roi_heads, listed, place, some
+from .reading import coco_path, detected, from_json, has_roi_heads, image_tasks, listed, place, some
 
 OKS_SIGMAS_OF_COCO = 17
 """How many keypoints pycocotools' own sigmas are for."""
@@ -211,7 +212,7 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
                 "TEST.KEYPOINT_OKS_SIGMAS",
                 f"{sigmas} numbers" if sigmas else f"nothing, which stands for COCO's {OKS_SIGMAS_OF_COCO}",
                 f"{count} numbers, one for each keypoint of {name!r}; evaluation stops without them",
-                f"Set TEST.KEYPOINT_OKS_SIGMAS ({', '.join(['0.05'] * min(count, 3))}, ...), {count} numbers.",
+                f"Write TEST.KEYPOINT_OKS_SIGMAS: {[0.05] * count}.",
             )
 
 
@@ -272,4 +273,38 @@ def ignored_annotations(context: DoctorContext) -> Iterable[Finding]:
                 f"'ignore' in {some(ignored, labels)}: detectron2's loader stops at it",
                 "iscrowd 1, which detectron2 has in its place",
                 "Replace 'ignore': 1 by 'iscrowd': 1.",
+            )
+
+
+@check("HA220", "a crop has what it needs", needs=("registered",), quick=True)
+def crops(context: DoctorContext) -> Iterable[Finding]:
+    """With masks, detectron2 computes boxes anew from masks after a crop, and cuts polygons with shapely."""
+    cfg = context.cfg
+    if not (cfg.INPUT.CROP.ENABLED and has_roi_heads(cfg) and cfg.MODEL.MASK_ON):
+        return
+    without_shapely = importlib.util.find_spec("shapely") is None
+    filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not image_tasks(cfg)
+    for name, labels in detected(context, context.train_names):
+        if without_shapely and (labels.objects & (labels.mask == MASK_POLYGON)).any():
+            yield Finding(
+                "HA220",
+                "error",
+                "INPUT.CROP.ENABLED",
+                f"True, with polygons in {place(name, labels)} and no shapely in this Python: training stops at "
+                "\"No module named 'shapely'\"",
+                "shapely, with which detectron2 cuts polygons",
+                "Type: pip install shapely, or set INPUT.CROP.ENABLED False.",
+            )
+        empty = len(labels.images) - len(np.unique(labels.image[labels.objects]))
+        if empty and not filtered:
+            yield Finding(
+                "HA220",
+                "error",
+                "INPUT.CROP.ENABLED",
+                f"True, with masks, and {empty} of {len(labels.images)} images of {place(name, labels)} without "
+                "objects: training stops at \"Cannot find field 'gt_masks'\"",
+                "an object in every image, or no crop",
+                "Set INPUT.CROP.ENABLED False, or leave these images out."
+                if image_tasks(cfg)
+                else "Set INPUT.CROP.ENABLED False or DATALOADER.FILTER_EMPTY_ANNOTATIONS True.",
             )

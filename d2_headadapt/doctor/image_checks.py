@@ -1,4 +1,4 @@
-"""HA231 to HA237: the files of images, on disk and inside.
+"""HA231 to HA238: the files of images, on disk and inside.
 
 Every file is looked for; a sample of them, or all with ``--all-images``, is read as detectron2's mapper reads it.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from detectron2.data import MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
@@ -28,16 +29,24 @@ SEED = 0
 ORIENTATION = 0x0112
 """The EXIF tag of PIL that says how a camera was held; 5 to 8 exchange width and height."""
 UPRIGHT = (0, 1)
+_WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+"""Modes of Pillow with more than eight bits a pixel, which it cuts off rather than scales."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One image file as it is: ``error``, or its width and height in pixels as stored and its EXIF orientation."""
+    """One image file as it is: ``error``, or its width and height in pixels as stored and its EXIF orientation.
+
+    ``lost`` says what becomes of its pixels where reading them in ``INPUT.FORMAT`` loses the picture, and ``too_big``
+    that Pillow refuses its size.
+    """
 
     index: int
     error: str = ""
     size: tuple[int, int] = (0, 0)
     orientation: int = 1
+    lost: str = ""
+    too_big: bool = False
 
     @property
     def turned(self) -> tuple[int, int]:
@@ -105,10 +114,29 @@ def _look(index: int, path: str) -> Seen:
         with Image.open(path) as image:
             orientation = image.getexif().get(ORIENTATION, 1)
             # Decoded, because a file that was cut off has a good header; a sample of photographs takes a second.
-            image.convert("RGB")
-            return Seen(index, "", image.size, orientation if isinstance(orientation, int) else 1)
+            lost = _lost(image)
+            return Seen(index, "", image.size, orientation if isinstance(orientation, int) else 1, lost)
     except Exception as error:  # PIL raises nearly anything on damaged files.
-        return Seen(index, " ".join(f"{type(error).__name__}: {error}".split()))
+        too_big = isinstance(error, Image.DecompressionBombError)
+        return Seen(index, " ".join(f"{type(error).__name__}: {error}".split()), too_big=too_big)
+
+
+def _lost(image: Image.Image) -> str:
+    """How the picture is lost in eight bits of red, green and blue, as detectron2 reads it; empty where it is not."""
+    seen = image.convert("RGB")
+    if image.mode in _WIDE:
+        pixels = np.asarray(image, np.float64)
+        low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
+        if low < high and (high > 255 or (image.mode == "F" and high <= 1) or high <= 0):
+            white = float((pixels >= 255).mean())
+            becomes = f"{white:.0%} of its pixels become white" if high > 255 else "all of it becomes black"
+            return f"mode {image.mode}, values {low:g} to {high:g}: {becomes}"
+        return ""
+    bands = image.convert("RGBA").split() if "A" in image.getbands() or "transparency" in image.info else image.split()
+    same = all(low == high for low, high in seen.getextrema())
+    if same and any(low != high for low, high in (band.getextrema() for band in bands)):
+        return f"mode {image.mode}: all of it becomes one colour, because the picture is in its transparency"
+    return ""
 
 
 def _extent(context: DoctorContext, name: str, paths: Sequence[str]) -> str:
@@ -150,7 +178,18 @@ def images_are_there(context: DoctorContext) -> Iterable[Finding]:
 def images_are_readable(context: DoctorContext) -> Iterable[Finding]:
     for name, labels, paths in _datasets(context):
         seen = _seen(context, name, paths)
-        damaged = [one for one in seen if one.error]
+        big = [one for one in seen if one.too_big]
+        if big:
+            yield Finding(
+                "HA232",
+                "error",
+                place(name, labels),
+                f"{len(big)} of {_extent(context, name, paths)}, such as {paths[big[0].index]}: {big[0].error}",
+                "images that Pillow does not refuse for their size",
+                "Cut them into tiles or scale them down, with their labels; or set PIL.Image.MAX_IMAGE_PIXELS = None "
+                "in a module given with --import, if you trust the files.",
+            )
+        damaged = [one for one in seen if one.error and not one.too_big]
         if damaged:
             yield Finding(
                 "HA232",
@@ -160,6 +199,23 @@ def images_are_readable(context: DoctorContext) -> Iterable[Finding]:
                 f"{damaged[0].error}",
                 "images that PIL decodes to their end",
                 "Fetch these files anew, or remove them from the json.",
+            )
+
+
+@check("HA238", "reading an image keeps the picture", needs=("registered",))
+def images_keep_their_picture(context: DoctorContext) -> Iterable[Finding]:
+    """Pillow cuts values off where a file has more than eight bits; stock detectron2 trains on white images then."""
+    for name, labels, paths in _datasets(context):
+        lost = [one for one in _seen(context, name, paths) if one.lost]
+        if lost:
+            yield Finding(
+                "HA238",
+                "error",
+                place(name, labels),
+                f"{len(lost)} of {_extent(context, name, paths)}, such as {paths[lost[0].index]}: {lost[0].lost}",
+                "eight bits a channel, or a picture outside the transparency",
+                "Write them as 8-bit PNG, scaled from their own range; in numpy: "
+                "((a - a.min()) * (255 / (a.max() - a.min()))).astype('uint8').",
             )
 
 

@@ -57,7 +57,7 @@ def _dataset(m: re.Match[str], before: str) -> Answer:
     return (
         f"This process never registered {m['name']}: registering in main() of the parent does not reach spawned "
         "workers,\nor the name is misspelt.",
-        f"Put it into the config: DATASETS.REGISTER [{{name: {m['name']}, json: FILE, images: FOLDER}}], which every "
+        f"Put it into the yaml: DATASETS.REGISTER: [{{name: {m['name']}, json: FILE, images: FOLDER}}], which every "
         f"process reads.{near}",
     )
 
@@ -82,8 +82,8 @@ def _metadata(m: re.Match[str], before: str) -> Answer:
         return (
             f"{m['name']} is a name that detectron2 itself registers, with its own {m['key']}:\n"
             "your JSON lies at the builtin path or is registered under the builtin name.",
-            "Register under your own name: DATASETS.REGISTER [{name: my_train, json: FILE, images: FOLDER}] and "
-            "DATASETS.TRAIN \"('my_train',)\".",
+            "Register under your own name, in the yaml: DATASETS.REGISTER: [{name: my_train, json: FILE, images: DIR}] "
+            "and DATASETS.TRAIN \"('my_train',)\".",
         )
     return (
         f"{m['key']} of {m['name']} is set by hand to one list, and the JSON's categories give another,\nor two "

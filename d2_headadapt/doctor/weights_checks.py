@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..adapt.causes import Cause
 from ..adapt.plan import AdaptPlan, TensorPlan
 from ..adapt.report import plan_notices
 from ..checkpoint.keys import matched
@@ -209,6 +210,31 @@ def same_backbone(context: DoctorContext) -> Iterator[Finding]:
                 "a checkpoint of this backbone",
                 "Set the backbone's keys (MODEL.RESNETS.DEPTH, NORM, STRIDE_IN_1X1...) to those the checkpoint was "
                 "made with, or use weights of this backbone.",
+            )
+            return
+
+
+@check("HA313", "images have as many channels as the weights were trained on", needs=("plan",), severity="warning")
+def same_channels(context: DoctorContext) -> Iterator[Finding]:
+    """One mean makes a model of grey images, whose first layer then starts from random values."""
+    channels = len(context.cfg.MODEL.PIXEL_MEAN)
+    for t in context.plan.tensors:
+        file, model = t.source_shape, t.target_shape
+        if file is None or model is None or len(file) != 4 or len(model) != 4 or t.cause is not Cause.NO_LAYOUT:
+            continue
+        if model[1] == channels != file[1] and file[:1] + file[2:] == model[:1] + model[2:]:
+            fix = "Make MODEL.PIXEL_MEAN and MODEL.PIXEL_STD as long as the weights want, and INPUT.FORMAT its mode."
+            if file[1] == 3:
+                fix = "Write INPUT.FORMAT: BGR, and three values in MODEL.PIXEL_MEAN and MODEL.PIXEL_STD: a grey image "
+                fix += "is read as three equal channels."
+            yield Finding(
+                "HA313",
+                "warning",
+                "MODEL.PIXEL_MEAN",
+                f"{channels} value{'s' * (channels != 1)}, so {t.name} takes {channels} and in {context.weights_path} "
+                f"{file[1]}: this layer starts from random values",
+                f"{file[1]} channels",
+                fix,
             )
             return
 

@@ -205,3 +205,30 @@ def test_mutation_modes_of_a_stored_dataset_are_modes() -> None:
     made[0]["annotations"][0]["bbox_mode"] = "xywh"
     (problem,) = problems_of(made, Needs(boxes=True))
     assert "'bbox_mode' 'xywh'" in problem.found
+
+
+CROP = (*MASKS, "INPUT.CROP.ENABLED", "True")
+
+
+def emptied(content: dict[str, Any]) -> None:
+    content["annotations"] = content["annotations"][:-2]
+
+
+@pytest.mark.parametrize(
+    ("change", "opts", "shapely", "shown"),
+    [
+        (None, CROP, False, "no shapely in this Python"),
+        (None, CROP, True, ""),
+        (None, MASKS, False, ""),
+        (None, ("INPUT.CROP.ENABLED", "True"), False, ""),
+        (emptied, CROP, True, ""),
+        (emptied, (*CROP, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "False"), True, "1 of 6 images"),
+    ],
+)
+def test_a_crop_that_would_stop_the_training(
+    change: Change | None, opts: tuple[str, ...], shapely: bool, shown: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if shapely else None)
+    report = data_report(registered_context(tmp_path, write_set(tmp_path, "train", change), None, *opts))
+    found = [one for one in report.findings if one.code == "HA220"]
+    assert len(found) == bool(shown) and all(shown in one.found and one.severity == "error" for one in found)
