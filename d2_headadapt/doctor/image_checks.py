@@ -133,8 +133,7 @@ def _lost(image: Image.Image) -> str:
             return f"mode {image.mode}, values {low:g} to {high:g}: {becomes}"
         return ""
     bands = image.convert("RGBA").split() if "A" in image.getbands() or "transparency" in image.info else image.split()
-    same = all(low == high for low, high in seen.getextrema())
-    if same and any(low != high for low, high in (band.getextrema() for band in bands)):
+    if _is_one_colour(seen) and not all(map(_is_one_colour, bands)):
         return f"mode {image.mode}: all of it becomes one colour, because the picture is in its transparency"
     return ""
 
@@ -142,6 +141,11 @@ def _lost(image: Image.Image) -> str:
 def _extent(context: DoctorContext, name: str, paths: Sequence[str]) -> str:
     looked, there = len(_seen(context, name, paths)), sum(size >= 0 for size in _bytes(context, name, paths))
     return f"{looked} images that were looked at{' (a sample; --all-images looks at all)' if looked < there else ''}"
+
+
+def _is_one_colour(image: Image.Image) -> bool:
+    pixels = np.asarray(image)
+    return bool((pixels == pixels[:1, :1]).all())
 
 
 @check("HA231", "every image is on disk", needs=("registered",), quick=True)
