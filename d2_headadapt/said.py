@@ -11,9 +11,9 @@ NAME = "d2_headadapt"
 
 
 class BesideDetectron2(logging.Handler):
-    """Hands each record to one of: detectron2's handlers, the script's own, or the screen.
+    """Hands each record to the handlers of detectron2's logger, or to the screen where it has none.
 
-    Which of them is there is asked anew for each record, because scripts set up their logging late. Where the script
+    Which it is is asked anew for each record, because scripts set up their logging late. Where the script
     set up this package's logger itself, nothing is handed on.
 
     Args:
@@ -28,11 +28,9 @@ class BesideDetectron2(logging.Handler):
         """Pass a record on, once."""
         if logging.getLogger(NAME).handlers != [self]:
             return
-        theirs, root = logging.getLogger("detectron2"), logging.getLogger()
+        theirs = logging.getLogger("detectron2")
         if theirs.handlers:
             theirs.handle(record)
-        elif root.handlers and record.levelno >= root.level:
-            root.handle(record)
         elif comm.get_rank() == 0:
             for handler in self.own:
                 handler.handle(record)

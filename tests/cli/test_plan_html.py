@@ -287,7 +287,7 @@ def test_a_plan_read_back_from_json_draws_the_same_map() -> None:
 def test_what_needs_attention_stands_on_top_with_what_to_type() -> None:
     for name, level, words in (
         ("refused", "refused", "MODEL.HEAD_ADAPT.SOURCE_CLASSES coco"),
-        ("copied by shape alone", "unverified", "MODEL.HEAD_ADAPT.SOURCE_CLASSES coco"),
+        ("copied by shape alone", "unverified", "MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt"),
         ("classes unknown", "discarded", "80 rows: probably coco"),
     ):
         html = plan_html(UNMAPPED[name])
