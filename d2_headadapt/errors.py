@@ -25,6 +25,8 @@ from typing import ClassVar, Literal
 from .key import Either, Form, Words, form_in_use, shown, speaking
 
 Severity = Literal["error", "warning", "note"]
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as shells have it."""
 
 __all__ = [
     "CheckpointFileError",

@@ -19,7 +19,7 @@ PACKAGE = Path(d2_headadapt.__file__).parent
 # stands side by side and knows nothing of its neighbour.
 FLOORS = """
 key version deferred
-errors
+errors said
 files adapt
 data
 config
@@ -147,7 +147,7 @@ def test_every_package_is_in_the_table_and_nothing_else(sources: dict[str, str])
 
 def test_only_the_ground_and_the_face_stand_outside_packages(sources: dict[str, str]) -> None:
     flat = {name for name in sources if "." not in name and name not in packages(sources)}
-    assert flat == {"key", "errors", "version", "deferred", "__init__", "__main__"}
+    assert flat == {"key", "errors", "said", "version", "deferred", "__init__", "__main__"}
 
 
 def test_arrows_run_downwards(sources: dict[str, str]) -> None:

@@ -108,6 +108,18 @@ class Cause(str, Enum):
         """Whether a config key asks to leave the tensor out."""
         return self in (Cause.EXCLUDED, Cause.NOT_INCLUDED, Cause.FORCED_NONE, Cause.UNKNOWN_AFRESH)
 
+    @property
+    def surprising(self) -> bool:
+        """A head that the file has trained starts afresh, and neither the class lists nor a key of the user ask for it.
+
+        Example:
+            >>> from d2_headadapt import Cause
+            >>> Cause.UNKNOWN_CLASSES.surprising, Cause.NO_CLASS_IN_FILE.surprising, Cause.NOT_IN_FILE.surprising
+            (True, False, False)
+        """
+        expected = (Cause.NO_CLASS_IN_FILE, Cause.NOT_IN_FILE)
+        return not self.meant and not self.by_user and self not in expected
+
 
 @dataclass(frozen=True)
 class Why:

@@ -231,6 +231,13 @@ class AdaptPlan:
         """Share of the file's tensors that find a place in the model."""
         return self._share(self.tensors)
 
+    @property
+    def class_coverage(self) -> tuple[int, int]:
+        """Classes of the model that the file gives rows, and those it has; of label spaces whose classes are known."""
+        counts = self.summary()["classes"].values()
+        carried = sum(count["carried"] for count in counts)
+        return carried, carried + sum(count["new"] for count in counts)
+
     def coverage_by_submodule(self) -> dict[str, tuple[int, int]]:
         """Count by top-level submodule of the file: (tensors with a place in the model, tensors in the file)."""
         parts: dict[str, list[TensorPlan]] = {}
@@ -390,6 +397,9 @@ def _rows_of_tensors(
 
 
 def _has_place(t: TensorPlan) -> bool:
+    """Tell whether the model has the tensor as well; not one of a trained head that is left out for want of names."""
+    if t.action == "initialised" and t.cause.surprising:
+        return False
     return t.source_shape is not None and t.action in ("copied", "carried", "initialised", "refused")
 
 

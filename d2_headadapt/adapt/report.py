@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tabulate import tabulate
@@ -13,19 +14,28 @@ from ..errors import Finding, PlanRefused, Severity, visible
 from ..key import HEAD_ADAPT, Key
 from .causes import Cause, Why, sentence
 from .classes import SPACES, ClassMap, ClassTable, is_unnamed, normalise, shorten
+from .near import near_names
 from .plan import ACTIONS, AdaptPlan, TensorPlan
 from .planner import source_key
+from .vocabularies import vocabularies_of
 
 _HEADERS = ("head group", "tensor", "action", "in the file", "in the model", "classes")
 _ALIAS_MOST = 12
+LEAST_TO_GUESS = 17
+"""Classes (COCO's keypoints) from which on a count alone points to a vocabulary."""
+
+
+LEVELS = ("refused", "discarded", "unverified", "near", "initialised")
+"""Of notices, worst first: nothing is loaded; a head that the file has trained is not used; a head is loaded by shape
+alone; a new class may be a dropped one under another spelling; a head starts afresh, as it must."""
 
 
 @dataclass(frozen=True, eq=False)
 class Notice(Finding):
     """A fact of a plan that a user should look at before anything runs.
 
-    Its code is ``refused``, ``unverified`` (loaded by shape alone) or ``initialised`` (a head group starts afresh);
-    ``where`` says what happens, in one sentence without a full stop, and ``found`` is the plan's reason.
+    Its code is one of :data:`LEVELS`; ``where`` says what happens, in one sentence without a full stop, and ``found``
+    is the plan's reason.
 
     Args:
         type_this: what to type about it, by itself; empty where there is nothing to type.
@@ -37,10 +47,17 @@ class Notice(Finding):
     hint: str
     tensors: tuple[str, ...]
 
+    def line(self) -> str:
+        """Say all of it in one line."""
+        typed = f"; type: {self.type_this}" if self.type_this else ""
+        return f"{self.code}: {self.where}: {self.found}{typed}{f' ({self.hint})' if typed and self.hint else ''}"
+
 
 _KINDS: Mapping[str, tuple[Severity, str]] = {
     "refused": ("error", "tensors that fit the model, class by class"),
+    "discarded": ("warning", "the head that the file has trained"),
     "unverified": ("warning", "a head whose classes are known on both sides"),
+    "near": ("warning", "one name for what is the same class"),
     "initialised": ("note", "the head in the file, with classes that are known on both sides"),
 }
 """Code of a notice -> its severity, and what would have been carried."""
@@ -50,6 +67,8 @@ def _notice(code: str, what: str, why: str, type_this: str, hint: str, tensors: 
     severity, expected = _KINDS[code]
     what, why, type_this, hint = map(visible, (what, why, type_this, hint))
     fix = f"Type: {type_this}{f' ({hint})' if hint else ''}." if type_this else "There is nothing to type."
+    if code == "discarded" and not type_this:
+        fix = f"Build the head as the file has it, or name it in {HEAD_ADAPT.EXCLUDE} if it is to be trained anew."
     error = PlanRefused(what, expected=expected, found=why, fix=fix)
     return Notice(code, severity, error, type_this, hint, tensors)
 
@@ -164,22 +183,30 @@ def plan_notices(plan: AdaptPlan) -> tuple[Notice, ...]:
         notices.append(_notice("unverified", what, sentence(root, root=True), *_command(tensors[0], plan), names))
     for (group, root), tensors in _grouped(plan.by_action("initialised")).items():
         what = f"{_count(len(tensors), 'tensor')} of {group} keep{'s' * (len(tensors) == 1)} the model's initial values"
+        trained = root.cause.surprising and any(t.source_shape for t in tensors)
+        level = "discarded" if trained else "initialised"
         names = tuple(t.name for t in tensors)
-        notices.append(_notice("initialised", what, sentence(root, root=True), *_command(tensors[0], plan), names))
-    return tuple(notices)
+        notices.append(_notice(level, what, sentence(root, root=True), *_command(tensors[0], plan), names))
+    notices += [notice for space in sorted(plan.maps) for notice in _near_notice(plan, space)]
+    return tuple(sorted(notices, key=lambda notice: LEVELS.index(notice.code)))
 
 
-def discarded_heads(plan: AdaptPlan) -> tuple[Notice, ...]:
-    """Pick the notices of heads that the file has trained and the model does not take, although nobody asked for that.
+def _near_notice(plan: AdaptPlan, space: str) -> Iterator[Notice]:
+    """Return what to type where new classes have near names among those of the file that nobody takes."""
+    found = near_names(plan.maps[space])
+    # Where nothing of the space is taken from the file, an alias changes nothing.
+    if not found or not any(t.space == space for t in plan.by_action("copied", "carried")):
+        return
+    one = len(found) == 1
+    what = f"{len(found)} new {space} class{' has a name' if one else 'es have names'} near to dropped ones"
+    pairs = [f"{_quoted(near.target)} and {_quoted(near.source)} ({near.likeness.value})" for near in found]
+    aliases = [f"{near.target}={near.source}" for near in found]
+    hint = "if they mean the same; else leave it"
+    yield _notice("near", what, shorten(pairs), f"{HEAD_ADAPT.ALIASES.set(shlex.quote(str(aliases)))}", hint, ())
 
-    Classes that the model does not have are no such head: their rows have no place.
-    """
-    lost = {
-        t.name
-        for t in plan.by_action("initialised")
-        if t.source_shape is not None and not t.cause.by_user and t.cause is not Cause.NO_CLASS_IN_FILE
-    }
-    return tuple(n for n in plan_notices(plan) if n.code == "initialised" and lost & set(n.tensors))
+
+def _quoted(name: str) -> str:
+    return repr(" ".join(name.split()))
 
 
 def plan_spaces(plan: AdaptPlan) -> list[str]:
@@ -242,9 +269,21 @@ def _command(t: TensorPlan, plan: AdaptPlan) -> tuple[str, str]:
         count = layout.num_classes(shape) if layout is not None and layout.axes and shape is not None else None
         holds = f"; the shapes of {side} hold {count}" if count else ""
         verb = "corrected " if t.space in table else ""
-        named = str(Key(t.why.key).set("names.txt"))
-        return named, f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
+        named = Key(t.why.key)
+        guess = "" if of_model else probable_vocabulary(count or 0, t.space)
+        if guess:
+            hint = f"{count} rows: probably {guess}; else a dataset, a file or a list of names"
+            return str(named.set(guess)), hint
+        return str(named.set("names.txt")), f"or a {verb}dataset, vocabulary, .json file or list of names{holds}"
     return "", ""
+
+
+def probable_vocabulary(count: int, space: str) -> str:
+    """Guess the vocabulary that a file with so many unnamed classes was trained on; empty where none is likely.
+
+    Small numbers fit everybody's list.
+    """
+    return next(iter(vocabularies_of(count, space)), "") if count >= LEAST_TO_GUESS else ""
 
 
 def _rows(plan: AdaptPlan, notices: Sequence[Notice], every_tensor: bool) -> list[list[str]]:

@@ -92,6 +92,58 @@ def reviewed_pairs() -> tuple[tuple[str, str], ...]:
     return tuple((row["name"], row["other_name"]) for row in _rows("aliases.csv"))
 
 
+def vocabularies_of(count: int, space: str = "thing") -> tuple[str, ...]:
+    """Return the vocabularies that have so many classes; of those with the same names only the first.
+
+    Example:
+        >>> from d2_headadapt.adapt.vocabularies import vocabularies_of
+        >>> vocabularies_of(80), vocabularies_of(20), vocabularies_of(6)
+        (('coco',), ('voc',), ())
+    """
+    found: dict[ClassTable, str] = {}
+    for name in _vocabularies_with(space):
+        if len(_table(name, space)) == count:
+            found.setdefault(_table(name, space), name)
+    return tuple(found.values())
+
+
+@cache
+def known_names() -> frozenset[str]:
+    """Return every class name and synonym of the vocabularies, normalised."""
+    tables = [_table(name, "thing").names for name in _vocabularies_with("thing")]
+    return frozenset(normalise(name) for names in (*tables, *_groups(), *reviewed_pairs()) for name in names)
+
+
+def other_words(name: str) -> frozenset[str]:
+    """Other names of what ``name`` means somewhere, normalised: in a vocabulary, a reviewed pair, or everyday words.
+
+    Args:
+        name: normalised.
+    """
+    return _other_words().get(name, frozenset())
+
+
+@cache
+def _other_words() -> Mapping[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for group in (*_groups(), *reviewed_pairs(), *_everyday_words()):
+        names = {normalise(other) for other in group}
+        for name in names:
+            found.setdefault(name, set()).update(names - {name})
+    return {name: frozenset(others) for name, others in found.items()}
+
+
+def _groups() -> list[Names]:
+    of_lvis = [group for name in ("lvis_v1", "lvis_v0.5") for group in _lvis_groups(name).values()]
+    return [*of_lvis, *_objects365_groups().values()]
+
+
+@cache
+def _everyday_words() -> tuple[Names, ...]:
+    """Return each class of ``near_words.csv`` with one other word: the words of a class are not each other's."""
+    return tuple((row["name"], word) for row in _rows("near_words.csv") for word in row["other_words"].split())
+
+
 def zoo_tables(path: str) -> dict[str, ClassTable] | None:
     """Look up the classes of model zoo weights, by label space, from the folder that they are published in.
 

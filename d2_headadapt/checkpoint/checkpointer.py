@@ -29,6 +29,7 @@ from ..errors import CheckpointFileError, HeadAdaptError, RankError
 from ..files import shapes_of, write_checkpoint, write_text
 from ..key import OUTPUT_DIR
 from ..modeling.text.predictor import FACTS, text_facts
+from ..said import be_heard
 from .kept import KeptGuard, with_packs
 from .load import (
     LoadRequest,
@@ -61,6 +62,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         settings: target and source tables, match rule and all other keys, as given or as attached to the model.
         plan: what the last load did; ``None`` before the first.
         untrained: class names by label space of which some row was neither carried, fitted nor trained.
+        last_file: the checkpoint that this run wrote last, or goes on with; empty before the first.
+        logger: this package's, which is heard in any script.
 
     Example:
         >>> import tempfile
@@ -99,7 +102,10 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
                 nothing is, heads are loaded as stock detectron2 loads them, which is said.
             save_to_disk, checkpointables: as in ``DetectionCheckpointer``.
         """
+        be_heard()
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        # fvcore's logger has no handler in a script that only sets up detectron2's.
+        self.logger = logger
         self.begin(settings)
 
     def begin(self, settings: AdaptSettings | None) -> None:
@@ -114,6 +120,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.settings = with_packs(self.settings, self.model)
         self._kept = KeptGuard(self.model)
         self.plan: AdaptPlan | None = None
+        self.last_file = ""
         self.untrained: dict[str, tuple[str, ...]] = {}
         self._untrained_rows: dict[str, tuple[str, ...]] = {}
         self._known = Provenance()
@@ -246,6 +253,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         share_new_rows(plan, self.model.state_dict())
         compare(self.model.state_dict(), self._request.path)
         self._remember(plan, known)
+        self.last_file = self._request.path if self._request.own else self.last_file
         self.untrained, self._untrained_rows = untrained, rows
         return _IncompatibleKeys(
             missing_keys=[t.name for t in plan.by_action("kept", "initialised")],
@@ -296,11 +304,8 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         say_unused(unused)
         self.logger.info("Plan of %s:\n%s", self._request.path, plan_table(plan, summary=False))
         for notice in plan_notices(plan):
-            if notice.code == "unverified":
-                self.logger.warning("unverified: %s: %s; type: %s", notice.where, notice.found, notice.type_this)
-            elif notice.code == "initialised":
-                command = f"; type: {notice.type_this}" if notice.type_this else ""
-                self.logger.warning("not loaded: %s: %s%s", notice.where, notice.found, command)
+            if notice.code != "refused":
+                self.logger.warning("%s", notice.line())
         drawn = [t.name for t in plan.by_action("kept") if t.target_shape and not t.cause.meant and not t.cause.by_user]
         if drawn:
             # Stock warns of parameters that are not in the file, and of shapes that differ.
@@ -342,6 +347,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         else:
             write_checkpoint(path, data)
         self.tag_last_checkpoint(f"{name}.pth")
+        self.last_file = path
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write ``last_checkpoint`` atomically, so that a run that is killed meanwhile can be resumed."""

@@ -54,6 +54,8 @@ def check_exists(path: str, *, own_file: bool = False) -> None:
     fix = f"Correct {MODEL.WEIGHTS}, or the path that was given."
     if own_file:
         fix = f"Write the name of a checkpoint of {folder} into its last_checkpoint, or start without --resume."
+    if not os.path.isabs(local):
+        fix = f"It was looked for from {os.getcwd()}. {fix}"
     raise CheckpointFileError(local, expected="a checkpoint file", found=found, fix=f"{fix}{did_you_mean(name, near)}")
 
 

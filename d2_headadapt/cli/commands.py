@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def _check_reports(args: argparse.Namespace, inputs: Sequence[str], output: str 
             raise UsageError(path, expected=expected, found=found, fix="Name another output.")
         if not os.path.isdir(folder):
             expected, found = "an existing folder", f"no folder {folder!r}"
-            raise UsageError(path, expected=expected, found=found, fix=f"Type: mkdir -p {folder}")
+            raise UsageError(path, expected=expected, found=found, fix=f"Type: mkdir -p {shlex.quote(folder)}")
         if os.path.lexists(path) and not args.force:
             expected, found = "an output that does not exist yet", "a folder" if os.path.isdir(path) else "a file"
             raise UsageError(path, expected=expected, found=found, fix="Name another output, or add --force.")

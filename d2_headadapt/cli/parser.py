@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import HeadAdaptError, UsageError
+from ..errors import INTERRUPTED, HeadAdaptError, UsageError
 from ..export import ENDINGS
 from ..key import DATASETS, HEAD_ADAPT, MODEL
 from ..setup.arguments import add_import_argument, add_training_arguments
 from ..version import __version__
+from .misplaced import refuse_misplaced
 from .quiet import json_alone, without_warnings
 
 DESCRIPTION = "Move a detectron2 checkpoint to another list of classes, class by class."
@@ -26,7 +27,13 @@ EPILOG = "Exit codes: 0 done, 1 refused or nothing to load, 2 the command line i
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     words, script = split_script(sys.argv[1:] if argv is None else argv)
-    args = with_home(build_parser().parse_args(words, argparse.Namespace(script=script)))
+    parser = build_parser()
+    try:
+        refuse_misplaced(words, parser)
+    except HeadAdaptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    args = with_home(parser.parse_args(words, argparse.Namespace(script=script)))
     if args.run == "explain":
         return explain(args)
     try:
@@ -37,6 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HeadAdaptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        output = getattr(args, "output", None)
+        print(f"stopped; {output} was not written" if output else "stopped", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        from ..files import is_full, unwritable
+
+        if not is_full(error):
+            raise
+        refused = unwritable(str(error.filename or getattr(args, "output", None) or "."), error)
+        print(f"error: {refused}", file=sys.stderr)
+        return refused.exit_code
 
 
 def _run(args: argparse.Namespace) -> int:

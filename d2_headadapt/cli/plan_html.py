@@ -59,8 +59,12 @@ def _header(plan: AdaptPlan, title: str, notes: Sequence[str]) -> str:
     levels = {notice.code for notice in plan_notices(plan)}
     if "refused" in levels:
         verdict = ("refused", "Refused: nothing would be loaded")
+    elif "discarded" in levels:
+        verdict = ("discarded", "Loads, but a trained head of the file is not used")
     elif "unverified" in levels:
         verdict = ("unverified", "Loads, but not everything is verified")
+    elif "near" in levels:
+        verdict = ("near", "Loads; new classes look like dropped ones")
     elif "initialised" in levels:
         verdict = ("initialised", "Loads; a head starts from initial values")
     else:
@@ -103,9 +107,11 @@ def _tiles(plan: AdaptPlan) -> str:
     submodules = [f"{name} {found}/{count}" for name, (found, count) in plan.coverage_by_submodule().items()]
     where = ", ".join(submodules[:6]) + (f", {len(submodules) - 6} more" if len(submodules) > 6 else "")
     share = math.floor(100 * plan.coverage)
+    carried, total = plan.class_coverage
+    classes = f", and {commas(carried)} of {commas(total)} classes are carried" if total else ""
     tiles.append(
         f'<div class="tile"><h2>coverage</h2><p class="big">{share}% <small>of {commas(in_file)} tensors in the file '
-        f"find a place</small></p><p>{breakable(where)}</p></div>"
+        f"find a place{classes}</small></p><p>{breakable(where)}</p></div>"
     )
     return f'<section class="tiles" aria-label="Counts">{"".join(tiles)}</section>'
 

@@ -22,6 +22,7 @@ from detectron2.utils.file_io import PathManager
 from ..adapt.classes import shorten
 from ..errors import ClassTableError, DatasetError
 from ..key import Key
+from .foreign import as_recognised
 
 logger = logging.getLogger(__name__)
 Category = dict[str, Any]
@@ -197,9 +198,10 @@ def _by_id(categories: Any, json_file: str) -> list[Category]:
 
 
 def _unreadable(json_file: str, found: str) -> DatasetError:
-    return DatasetError(
+    error = DatasetError(
         json_file,
         expected='a COCO json with "categories": [{"id": 1, "name": "..."}, ...]',
         found=found,
         fix="Correct the path or the file.",
     )
+    return as_recognised(json_file, error)

@@ -59,12 +59,35 @@ def settle_tasks(cfg: CfgNode, *, also: Sequence[str] = (), required: bool = Fal
         set_task_labels(name, {task: (spec.table.names, spec.kind) for task, spec in specs.items()})
 
 
-def say_unused_tasks(cfg: CfgNode) -> None:
-    """Log each registered dataset with labels of tasks that the model does not have."""
+def say_about_tasks(cfg: CfgNode) -> None:
+    """Log labels of tasks that the model has not, and tasks with nothing to learn because they have one class."""
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
         unused = [task for task in task_facts(name) if task not in cfg.MODEL.get("TASKS", {})]
         if unused:
             logger.info("Dataset %r has labels of tasks that %s has not: %s.", name, TASKS, ", ".join(unused))
+    for task, label in tasks_of_one_class(cfg).items():
+        logger.warning(
+            "Task %r has one class, %r, so there is nothing to learn: empty labels count as missing. Name its classes "
+            "in %s, or remove the task.",
+            task,
+            label,
+            TASKS[task].classes,
+        )
+
+
+def tasks_of_one_class(cfg: CfgNode) -> dict[str, str]:
+    """Return tasks whose classes the training data tells and of which it shows one alone: task -> its label.
+
+    A task of several labels for each image or box is none of them: whether its one label is there can be learned.
+    """
+    found: dict[str, str] = {}
+    for task, node in cfg.MODEL.get("TASKS", {}).items():
+        facts = [task_facts(name)[task] for name in cfg.DATASETS.TRAIN if task in task_facts(name)]
+        names = {one for fact in facts for one in fact.classes}
+        declared = isinstance(node, Mapping) and (node.get("classes") is not None or node.get("kind") == "multi")
+        if len(names) == 1 and not declared and not any(fact.multi for fact in facts):
+            found[task] = names.pop()
+    return found
 
 
 def _refuse_unlabelled(task: str, names: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from ..adapt.classes import ClassTable, did_you_mean
 from ..errors import DatasetError
 from ..key import DATASETS, TASKS, pairs
 from .entry import DatasetEntry
+from .foreign import as_recognised
 
 MISSING = -1
 """In place of a class index: nobody labelled this."""
@@ -195,8 +196,13 @@ def _columns_of(entry: DatasetEntry) -> list[str]:
 
 def _cell(text: str, entry: DatasetEntry) -> Found:
     parts = [part.strip() for part in text.split(entry.separator)]
-    known: list[Label] = [part for part in parts if part not in entry.missing]
-    return known if known and text.strip() not in entry.missing else None
+    known: list[Label] = [part for part in parts if not _is_missing(part, entry)]
+    return known if known and not _is_missing(text, entry) else None
+
+
+def _is_missing(text: str, entry: DatasetEntry) -> bool:
+    """Tell a missing label; an empty one is none, whatever else the entry counts as one."""
+    return not text.strip() or text.strip() in entry.missing
 
 
 def _is_held_out(file_name: str, share: float, seed: int) -> bool:
@@ -256,11 +262,16 @@ def _read_json(entry: DatasetEntry) -> dict[str, list[dict[str, Any]]]:
 def _attribute(item: Mapping[str, Any], task: str, entry: DatasetEntry, holder: str) -> Found:
     attributes = item.get(ATTRIBUTES) or {}
     value = attributes.get(task) if isinstance(attributes, Mapping) else attributes
-    if value is None or (isinstance(value, str) and value.strip() in entry.missing):
+    if value is None or (isinstance(value, str) and _is_missing(value, entry)):
         return None
     labels = value if isinstance(value, list) else [value]
+    # CVAT writes a checkbox as true or false: two classes of these names.
+    labels = [str(label).lower() if isinstance(label, bool) else label for label in labels]
+    labels = [label for label in labels if not (isinstance(label, str) and _is_missing(label, entry))]
+    if not labels and value:
+        return None
     for label in labels:
-        if not isinstance(label, (str, int)) or isinstance(label, bool):
+        if not isinstance(label, (str, int)):
             raise DatasetError(
                 f"{entry.labels}, {holder}",
                 expected=f"a name, an index or a list of them as attribute {task!r}",
@@ -300,4 +311,5 @@ def _given(tasks: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unreadable(where: str, found: str, expected: str) -> DatasetError:
-    return DatasetError(where, expected=expected, found=found, fix="Correct the path or the file.")
+    error = DatasetError(where, expected=expected, found=found, fix="Correct the path or the file.")
+    return as_recognised(where, error) if where.endswith(".json") else error

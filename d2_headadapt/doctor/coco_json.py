@@ -12,6 +12,7 @@ import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
+from ..data.foreign import as_recognised
 from ..errors import DatasetError
 
 MASK_NONE, MASK_POLYGON, MASK_RLE, MASK_BROKEN = range(4)
 """What an annotation has for a mask; broken is a list in which no polygon has three points."""
 BOX_GOOD, BOX_BROKEN, BOX_OTHER = range(3)
 """Four numbers; something else or nothing; a rotated box, which nothing here looks at."""
+VALUE_GOOD, VALUE_NONE, VALUE_WRONG = range(3)
+"""A number; not there; something else, such as a number written as text."""
 
 _NUMBERS = r"[-+0-9.eE, \t\n\r]*"
 # Inside a JSON string the quotes would have backslashes before them, so this is always a key.
@@ -52,7 +56,9 @@ class Labels:
         boxes: (M, 4) x, y, width, height in pixels. ``box_kind``: (M,) one of ``BOX_...``.
         crowd, ignore: (M,) flags. ``mask``: (M,) one of ``MASK_...``.
         keypoints, visible: (M,) how many numbers the list of keypoints has, and how many points in it are labelled.
+        area, crowd_said, count: (M,) one of ``VALUE_...``: what ``area``, ``iscrowd`` and ``num_keypoints`` are.
         from_json: it was read from a json, whose mistakes detectron2's loader would meet.
+        keys: what the file, or the first dict, has at its top.
     """
 
     source: str
@@ -75,7 +81,11 @@ class Labels:
     mask: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     keypoints: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     visible: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    area: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    crowd_said: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
+    count: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     from_json: bool = True
+    keys: list[str] = field(default_factory=list)
 
     @property
     def objects(self) -> NDArray[np.bool_]:
@@ -90,6 +100,9 @@ class Labels:
         return f"{named} of image {self.image_id[m]!r}{file}"
 
 
+_VALUES = {"area": "area", "crowd_said": "iscrowd", "count": "num_keypoints"}
+
+
 class _Columns:
     """A collection of annotations in columns; memory is a few machine numbers each."""
 
@@ -98,7 +111,7 @@ class _Columns:
         self.image_id: list[Any] = []
         self.category_id: list[Any] = []
         self.boxes = array("d")
-        self.small = {key: bytearray() for key in ("box_kind", "crowd", "ignore", "mask")}
+        self.small = {key: bytearray() for key in ("box_kind", "crowd", "ignore", "mask", *_VALUES)}
         self.keypoints, self.visible = array("l"), array("l")
 
     def add(self, one: Mapping[str, Any], image_id: Any, modes: bool = False) -> None:
@@ -112,6 +125,8 @@ class _Columns:
         small["crowd"].append(bool(one.get("iscrowd")))
         small["ignore"].append(bool(one.get("ignore")))
         small["mask"].append(_mask_kind(one.get("segmentation")))
+        for key, name in _VALUES.items():
+            small[key].append(_value_kind(one.get(name)))
         points = one.get("keypoints") or ()
         is_list = isinstance(points, (list, tuple, np.ndarray))
         self.keypoints.append(len(points) if is_list else -1)
@@ -144,6 +159,12 @@ def _box(one: Mapping[str, Any], modes: bool) -> tuple[int, array[float]]:
     return (BOX_OTHER if len(numbers) == 5 else BOX_BROKEN), _NO_BOX
 
 
+def _value_kind(value: Any) -> int:
+    if value is None:
+        return VALUE_NONE
+    return VALUE_GOOD if isinstance(value, Real) and value == value else VALUE_WRONG
+
+
 def _mask_kind(mask: Any) -> int:
     if isinstance(mask, bool):
         return MASK_POLYGON if mask else MASK_BROKEN  # See _without_polygons.
@@ -163,6 +184,8 @@ def _positions(values: Sequence[Any], among: Sequence[Any]) -> NDArray[np.int64]
 
 
 def _hashable(value: Any) -> Any:
+    # A function's dataset may hold numpy's integers, which detectron2 takes as well.
+    value = value.item() if isinstance(value, np.generic) else value
     return value if isinstance(value, (int, str, float)) or value is None else repr(value)
 
 
@@ -182,8 +205,10 @@ def read_coco(path: str) -> Labels:
             return _labels(path, _items(_POLYGONS.sub(_without_polygons, text)))
         except json.JSONDecodeError:
             return _labels(path, _items(text))  # For the line and column of the file as it is.
+    except DatasetError as error:
+        raise as_recognised(path, error) from error
     except (OSError, ValueError) as error:
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+        raise as_recognised(path, _unreadable(path, f"{type(error).__name__}: {error}")) from error
 
 
 def _without_polygons(found: re.Match[str]) -> str:
@@ -197,8 +222,11 @@ def _labels(path: str, items: Iterable[tuple[str, Any]]) -> Labels:
     seen: set[str] = set()
     sizes = array("d")
     for key, item in items:
-        if item is None:  # A list begins; of two of one name json.load keeps the last.
+        if not key:
+            labels.keys.append(item)
+        elif item is None:  # A list begins; of two of one name json.load keeps the last.
             seen.add(key)
+            labels.keys.append(key)
             if key == "images":
                 labels.images, labels.files, sizes = [], [], array("d")
             elif key == "annotations":
@@ -231,7 +259,7 @@ def _labels(path: str, items: Iterable[tuple[str, Any]]) -> Labels:
 
 
 def _items(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield ``(list, None)`` where one of the three lists begins, then ``(list, item)`` for each of its items."""
+    """Yield ``(list, None)`` where one of the lists begins, then ``(list, item)`` for each item; ``("", key)`` else."""
 
     def skip(at: int) -> int:
         return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
@@ -267,6 +295,7 @@ def _items(text: str) -> Iterator[tuple[str, Any]]:
                 at = after(at, "]")
             at += 1
         else:
+            yield "", key
             at = _decode(text, at)[1]
         at = after(at, "}")
     if skip(at + 1) != len(text):
@@ -274,7 +303,7 @@ def _items(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
 
 
 def labels_of_dicts(name: str, dicts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Labels:
@@ -282,6 +311,7 @@ def labels_of_dicts(name: str, dicts: Sequence[Mapping[str, Any]], names: Sequen
     labels = Labels(f"dataset {name!r}", list(range(len(names))), list(names), from_json=False)
     columns = _Columns()
     labels.labelled = any("annotations" in one for one in dicts)
+    labels.keys = [str(key) for key in dicts[0]] if dicts else []
     for i, one in enumerate(dicts):
         image = one.get("image_id", i)
         labels.images.append(image)

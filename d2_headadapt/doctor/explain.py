@@ -12,6 +12,10 @@ from . import known_shapes as known_shapes
 from .known_errors import KNOWN, KnownError
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_SOURCE = re.compile(
+    r'^([^\n]*?(?P<indent>[ \t]*)File "[^"\n]*", line \d+[^\n]*\n)((?:(?P=indent)[ \t]+[^\n]*(?:\n|$))+)', re.MULTILINE
+)
+"""A frame of a traceback, and the deeper lines below it: source, and the marks under it."""
 NOT_KNOWN = f"""\
 This error is not known to d2-headadapt, so nothing is said about it: a guess would cost you more than it saves.
 Try: d2-headadapt doctor --config-file YAML, which checks config, datasets, checkpoint and model.
@@ -51,9 +55,10 @@ def explain(text: str) -> list[Explanation]:
         text: a message or a whole log; colour codes and wrapped lines do no harm.
     """
     plain = COLOURS.sub("", text)
+    spoken = without_source(plain)
     found: list[tuple[int, int, int, KnownError, re.Match[str]]] = []
     for error in KNOWN:
-        matches = list(error.pattern.finditer(plain))
+        matches = list(error.pattern.finditer(spoken))
         if matches:
             counted = _most_telling(matches)
             found.append((error.rank, counted.start(), len(matches), error, counted))
@@ -64,6 +69,11 @@ def explain(text: str) -> list[Explanation]:
         line = " ".join(match[0].split())
         explained.append(Explanation(error.name, line, cause, mend, check[0] if check else error.check, times))
     return explained
+
+
+def without_source(text: str) -> str:
+    """Return the text with NUL in place of the source lines of tracebacks, which hold messages that nobody raised."""
+    return _SOURCE.sub(lambda match: match[1] + re.sub(r"[^\n]", "\0", match[3]), text)
 
 
 def _most_telling(matches: Sequence[re.Match[str]]) -> re.Match[str]:

@@ -1,7 +1,8 @@
-"""Checks HA211 to HA219: class names against the metadata, and the fields that enabled heads ask of annotations."""
+"""Checks HA211 to HA220: class names against the metadata, and the fields that enabled heads ask of annotations."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +12,12 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
 from ..adapt.classes import did_you_mean
 from ..data.datasets import task_facts
-from ..errors import DatasetError
-from ..key import DATASETS, INPUT, MODEL, TASKS, TEST
+from ..data.task_datasets import tasks_of_one_class
+from ..errors import ConfigError, DatasetError
+from ..key import DATALOADER, DATASETS, INPUT, MODEL, TASKS, TEST
 from .coco_json import MASK_BROKEN, MASK_NONE, MASK_POLYGON, MASK_RLE, Labels
 from .finding import DoctorContext, Finding, check
-from .reading import coco_path, detected, from_json, has_roi_heads, listed, place, some
+from .reading import coco_path, detected, from_json, has_roi_heads, image_tasks, listed, place, some
 
 OKS_SIGMAS_OF_COCO = 17
 """How many keypoints pycocotools' own sigmas are for."""
@@ -238,7 +240,7 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
                     TEST.KEYPOINT_OKS_SIGMAS,
                     found=f"{sigmas} numbers" if sigmas else f"nothing, which stands for COCO's {OKS_SIGMAS_OF_COCO}",
                     expected=f"{count} numbers, one for each keypoint of {name!r}; evaluation stops without them",
-                    fix=f"Set {TEST.KEYPOINT_OKS_SIGMAS.set([0.05] * count)}, with your own {count} numbers.",
+                    fix=f"Write {TEST.KEYPOINT_OKS_SIGMAS.write([0.05] * count)}.",
                 ),
             )
 
@@ -246,6 +248,17 @@ def keypoint_metadata(context: DoctorContext) -> Iterable[Finding]:
 @check("HA218", "every task has labels that it knows", needs=("settings",), quick=True)
 def task_labels(context: DoctorContext) -> Iterable[Finding]:
     """Find task labels that only loading would refuse; HA104 names a task without any label."""
+    for task, label in tasks_of_one_class(context.part("registered")).items():
+        yield Finding(
+            "HA218",
+            "warning",
+            ConfigError(
+                TASKS[task],
+                found=f"one class, {label!r}: there is nothing to learn, and empty labels count as missing",
+                expected="two classes at least",
+                fix=f"Name the classes in {TASKS[task].classes}, or remove the task.",
+            ),
+        )
     for task, node in context.cfg.MODEL.get("TASKS", {}).items():
         for key, names in ((DATASETS.TRAIN, context.train_names), (DATASETS.TEST, context.test_names)):
             # Datasets that the user's own function loads tell it only by being loaded.
@@ -296,5 +309,43 @@ def ignored_annotations(context: DoctorContext) -> Iterable[Finding]:
                     found=f"'ignore' in {some(ignored, labels)}: detectron2's loader stops at it",
                     expected="iscrowd 1, which detectron2 has in its place",
                     fix="Replace 'ignore': 1 by 'iscrowd': 1.",
+                ),
+            )
+
+
+@check("HA220", "a crop has what it needs", needs=("registered",), quick=True)
+def crops(context: DoctorContext) -> Iterable[Finding]:
+    """Find crops that fail: with masks, detectron2 computes boxes anew, and cuts polygons with shapely."""
+    cfg = context.cfg
+    if not (cfg.INPUT.CROP.ENABLED and has_roi_heads(cfg) and cfg.MODEL.MASK_ON):
+        return
+    without_shapely = importlib.util.find_spec("shapely") is None
+    filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not image_tasks(cfg)
+    for name, labels in detected(context, context.train_names):
+        if without_shapely and (labels.objects & (labels.mask == MASK_POLYGON)).any():
+            yield Finding(
+                "HA220",
+                "error",
+                ConfigError(
+                    INPUT.CROP.ENABLED,
+                    found=f"True, with polygons in {place(name, labels)} and no shapely in this Python: training stops "
+                    "at \"No module named 'shapely'\"",
+                    expected="shapely, with which detectron2 cuts polygons",
+                    fix=f"Type: pip install shapely, or set {INPUT.CROP.ENABLED.set(False)}.",
+                ),
+            )
+        empty = len(labels.images) - len(np.unique(labels.image[labels.objects]))
+        if empty and not filtered:
+            yield Finding(
+                "HA220",
+                "error",
+                ConfigError(
+                    INPUT.CROP.ENABLED,
+                    found=f"True, with masks, and {empty} of {len(labels.images)} images of {place(name, labels)} "
+                    "without objects: training stops at \"Cannot find field 'gt_masks'\"",
+                    expected="an object in every image, or no crop",
+                    fix=f"Set {INPUT.CROP.ENABLED.set(False)}, or leave these images out."
+                    if image_tasks(cfg)
+                    else f"Set {INPUT.CROP.ENABLED.set(False)} or {DATALOADER.FILTER_EMPTY_ANNOTATIONS.set(True)}.",
                 ),
             )

@@ -1,4 +1,4 @@
-"""Checks HA231 to HA237: the files of images, on disk and inside.
+"""Checks HA231 to HA238: the files of images, on disk and inside.
 
 Every file is looked for; a sample of them, or all with ``--all-images``, is read as detectron2's mapper reads it.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from detectron2.data import MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from ..errors import ConfigError, DatasetError
 from ..key import DATASETS
 from .coco_json import Labels
 from .finding import DoctorContext, Finding, check
+from .missing_files import rewrite_that_finds
 from .reading import place, readable
 
 SAMPLE = 64
@@ -29,16 +31,24 @@ SEED = 0
 ORIENTATION = 0x0112
 """The EXIF tag of PIL that says how a camera was held; 5 to 8 exchange width and height."""
 UPRIGHT = (0, 1)
+_WIDE = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+"""Modes of Pillow with more than eight bits a pixel, which it cuts off rather than scales."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One image file as it is: ``error``, or its width and height in pixels as stored and its EXIF orientation."""
+    """One image file as it is: ``error``, or its width and height in pixels as stored and its EXIF orientation.
+
+    ``lost`` says what becomes of its pixels where reading them in ``INPUT.FORMAT`` loses the picture, and ``too_big``
+    that Pillow refuses its size.
+    """
 
     index: int
     error: str = ""
     size: tuple[int, int] = (0, 0)
     orientation: int = 1
+    lost: str = ""
+    too_big: bool = False
 
     @property
     def turned(self) -> tuple[int, int]:
@@ -106,15 +116,38 @@ def _look(index: int, path: str) -> Seen:
         with Image.open(path) as image:
             orientation = image.getexif().get(ORIENTATION, 1)
             # Decoded, because a file that was cut off has a good header; a sample of photographs takes a second.
-            image.convert("RGB")
-            return Seen(index, "", image.size, orientation if isinstance(orientation, int) else 1)
+            lost = _lost(image)
+            return Seen(index, "", image.size, orientation if isinstance(orientation, int) else 1, lost)
     except Exception as error:  # PIL raises nearly anything on damaged files.
-        return Seen(index, " ".join(f"{type(error).__name__}: {error}".split()))
+        too_big = isinstance(error, Image.DecompressionBombError)
+        return Seen(index, " ".join(f"{type(error).__name__}: {error}".split()), too_big=too_big)
+
+
+def _lost(image: Image.Image) -> str:
+    """Say how the picture is lost in eight bits of red, green and blue; empty where it is not."""
+    seen = image.convert("RGB")
+    if image.mode in _WIDE:
+        pixels = np.asarray(image, np.float64)
+        low, high = float(np.nanmin(pixels)), float(np.nanmax(pixels))
+        if low < high and (high > 255 or (image.mode == "F" and high <= 1) or high <= 0):
+            white = float((pixels >= 255).mean())
+            becomes = f"{white:.0%} of its pixels become white" if high > 255 else "all of it becomes black"
+            return f"mode {image.mode}, values {low:g} to {high:g}: {becomes}"
+        return ""
+    bands = image.convert("RGBA").split() if "A" in image.getbands() or "transparency" in image.info else image.split()
+    if _is_one_colour(seen) and not all(map(_is_one_colour, bands)):
+        return f"mode {image.mode}: all of it becomes one colour, because the picture is in its transparency"
+    return ""
 
 
 def _extent(context: DoctorContext, name: str, paths: Sequence[str]) -> str:
     looked, there = len(_seen(context, name, paths)), sum(size >= 0 for size in _bytes(context, name, paths))
     return f"{looked} images that were looked at{' (a sample; --all-images looks at all)' if looked < there else ''}"
+
+
+def _is_one_colour(image: Image.Image) -> bool:
+    pixels = np.asarray(image)
+    return bool((pixels == pixels[:1, :1]).all())
 
 
 @check("HA231", "every image is on disk", needs=("registered",), quick=True)
@@ -123,6 +156,20 @@ def images_are_there(context: DoctorContext) -> Iterable[Finding]:
         gone = [i for i, size in enumerate(_bytes(context, name, paths)) if size < 0 and labels.files[i]]
         if gone:
             first = ", ".join(paths[i] for i in gone[:3])
+            root = os.fspath(MetadataCatalog.get(name).get("image_root") or "") if labels.from_json else ""
+            rewrite = rewrite_that_finds(root, [labels.files[i] for i in gone])
+            if rewrite is not None:
+                yield Finding(
+                    "HA231",
+                    "error",
+                    DatasetError(
+                        place(name, labels),
+                        found=f"{len(gone)} of {len(paths)} images are not there, such as {first}",
+                        expected="a file for every image",
+                        fix=f"All of them are found with {rewrite.what}: {rewrite.example}. {rewrite.fix}",
+                    ),
+                )
+                continue
             yield Finding(
                 "HA231",
                 "error",
@@ -141,7 +188,21 @@ def images_are_there(context: DoctorContext) -> Iterable[Finding]:
 def images_are_readable(context: DoctorContext) -> Iterable[Finding]:
     for name, labels, paths in _datasets(context):
         seen = _seen(context, name, paths)
-        damaged = [one for one in seen if one.error]
+        big = [one for one in seen if one.too_big]
+        if big:
+            yield Finding(
+                "HA232",
+                "error",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{len(big)} of {_extent(context, name, paths)}, such as {paths[big[0].index]}: "
+                    f"{big[0].error}",
+                    expected="images that Pillow does not refuse for their size",
+                    fix="Cut them into tiles or scale them down, with their labels; or set "
+                    "PIL.Image.MAX_IMAGE_PIXELS = None in a module given with --import, if you trust the files.",
+                ),
+            )
+        damaged = [one for one in seen if one.error and not one.too_big]
         if damaged:
             yield Finding(
                 "HA232",
@@ -152,6 +213,26 @@ def images_are_readable(context: DoctorContext) -> Iterable[Finding]:
                     f"{damaged[0].error}",
                     expected="images that PIL decodes to their end",
                     fix="Fetch these files anew, or remove them from the json.",
+                ),
+            )
+
+
+@check("HA238", "reading an image keeps the picture", needs=("registered",))
+def images_keep_their_picture(context: DoctorContext) -> Iterable[Finding]:
+    """Pillow cuts values off where a file has more than eight bits; stock detectron2 trains on white images then."""
+    for name, labels, paths in _datasets(context):
+        lost = [one for one in _seen(context, name, paths) if one.lost]
+        if lost:
+            yield Finding(
+                "HA238",
+                "error",
+                DatasetError(
+                    place(name, labels),
+                    found=f"{len(lost)} of {_extent(context, name, paths)}, such as {paths[lost[0].index]}: "
+                    f"{lost[0].lost}",
+                    expected="eight bits a channel, or a picture outside the transparency",
+                    fix="Write them as 8-bit PNG, scaled from their own range; in numpy: "
+                    "((a - a.min()) * (255 / (a.max() - a.min()))).astype('uint8').",
                 ),
             )
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..adapt.classes import did_you_mean
-from ..key import DATALOADER, DATASETS, HEAD_ADAPT, INPUT, MODEL, SOLVER, TASKS, TEST, pairs
+from ..key import DATALOADER, DATASETS, HEAD_ADAPT, INPUT, MODEL, SOLVER, TASKS, TEST, YAML, pairs
 from .known_errors import Answer, known
 
 ENCODER_RULE = r"^encoder\.=backbone.bottom_up."
@@ -58,7 +58,7 @@ def _dataset(m: re.Match[str], before: str) -> Answer:
     return (
         f"This process never registered {m['name']}: registering in main() of the parent does not reach spawned "
         "workers,\nor the name is misspelt.",
-        f"Put it into the config: {DATASETS.REGISTER.set(_entry(m['name']))}, which every process reads.{near}",
+        f"Put it into the {YAML}: {DATASETS.REGISTER.write(_entry(m['name']))}, which every process reads.{near}",
     )
 
 
@@ -82,7 +82,7 @@ def _metadata(m: re.Match[str], before: str) -> Answer:
         return (
             f"{m['name']} is a name that detectron2 itself registers, with its own {m['key']}:\n"
             "your JSON lies at the builtin path or is registered under the builtin name.",
-            f"Register under your own name: {DATASETS.REGISTER.set(_entry('my_train'))} and "
+            f"Register under your own name, in the {YAML}: {DATASETS.REGISTER.write(_entry('my_train'))} and "
             f"{DATASETS.TRAIN.set(('my_train',))}.",
         )
     return (

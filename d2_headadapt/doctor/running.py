@@ -22,6 +22,7 @@ from . import box_checks as box_checks
 from . import component_checks as component_checks
 from . import config_checks as config_checks
 from . import data_checks as data_checks
+from . import evaluation_checks as evaluation_checks
 from . import field_checks as field_checks
 from . import image_checks as image_checks
 from . import model_checks as model_checks

@@ -159,14 +159,19 @@ def steps(context: DoctorContext) -> Iterator[Finding]:
                 fix=f"Write {SOLVER.STEPS.write(late)}, or [] for none.",
             ),
         )
-    if solver.WARMUP_ITERS > solver.MAX_ITER and solver.WARMUP_ITERS != context.defaults.SOLVER.WARMUP_ITERS:
+    # The default is 1000, which nobody chose, and a short run still trains at a fraction of the rate to its end.
+    if solver.WARMUP_ITERS >= solver.MAX_ITER >= 1 and solver.WARMUP_FACTOR < 1:
+        most = solver.WARMUP_FACTOR + (1 - solver.WARMUP_FACTOR) * (solver.MAX_ITER - 1) / solver.WARMUP_ITERS
+        reached = f"the last iteration has {most:.0%} of {SOLVER.BASE_LR}"
+        if solver.WARMUP_METHOD != "linear":
+            reached = f"the last iteration has {solver.WARMUP_FACTOR:.2g} of {SOLVER.BASE_LR}"
         yield Finding(
             "HA123",
             "warning",
             ConfigError(
                 SOLVER.WARMUP_ITERS,
                 found=f"{solver.WARMUP_ITERS} of {SOLVER.MAX_ITER.set(solver.MAX_ITER)}: the warm-up fills the whole "
-                "training",
+                f"training, and {reached}",
                 expected="a warm-up shorter than the training",
                 fix=f"Write {SOLVER.WARMUP_ITERS.write(solver.MAX_ITER // 10)}.",
             ),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..adapt.causes import Cause
 from ..adapt.plan import AdaptPlan, TensorPlan
-from ..adapt.report import discarded_heads, plan_notices
+from ..adapt.report import plan_notices
 from ..checkpoint.keys import matched
 from ..checkpoint.load import refuse_plan
 from ..config.settings import NUM_CLASSES_KEYS
 from ..errors import ClassTableError, ConfigError, HeadAdaptError, NotFetchedError
-from ..key import HEAD_ADAPT, MODEL, Key
+from ..key import HEAD_ADAPT, INPUT, MODEL, Key
 from .finding import DoctorContext, Finding, check, finding_of
 
 PATTERN_KEYS = (HEAD_ADAPT.INCLUDE, HEAD_ADAPT.EXCLUDE, HEAD_ADAPT.RENAME)
@@ -51,28 +52,29 @@ def covers(context: DoctorContext) -> Iterator[Finding]:
 
 @check("HA303", "the classes of every head that is loaded are known", needs=("plan",), severity="warning")
 def classes_known(context: DoctorContext) -> Iterator[Finding]:
-    for notice in plan_notices(context.plan):
-        if notice.code == "unverified":
-            yield Finding(
-                "HA303",
-                "warning",
-                ConfigError(
-                    context.weights_path,
-                    found=f"{notice.where}: {notice.found}",
-                    expected=notice.expected,
-                    fix=notice.fix,
-                ),
-            )
+    yield from _noticed("HA303", context, "unverified")
 
 
 @check("HA312", "no trained head is thrown away", needs=("plan",), severity="warning")
 def heads_kept(context: DoctorContext) -> Iterator[Finding]:
-    for notice in discarded_heads(context.plan):
-        fix = f"Build the head as the file has it, or name it in {HEAD_ADAPT.EXCLUDE} if it is to be trained anew."
-        if notice.type_this:
-            fix = f"Type: {notice.type_this} ({notice.hint})." if notice.hint else f"Type: {notice.type_this}."
-        found, expected = f"{notice.where}: {notice.found}", "the head that the file has trained"
-        yield Finding("HA312", "warning", ConfigError(context.weights_path, found=found, expected=expected, fix=fix))
+    yield from _noticed("HA312", context, "discarded")
+
+
+@check("HA314", "no new class looks like a dropped one", needs=("plan",), severity="warning")
+def near_classes(context: DoctorContext) -> Iterator[Finding]:
+    yield from _noticed("HA314", context, "near")
+
+
+def _noticed(code: str, context: DoctorContext, level: str) -> Iterator[Finding]:
+    for notice in plan_notices(context.plan):
+        if notice.code == level:
+            error = ConfigError(
+                context.weights_path,
+                found=f"{notice.where}: {notice.found}",
+                expected=notice.expected,
+                fix=notice.fix,
+            )
+            yield Finding(code, "warning", error)
 
 
 @check("HA304", "a class list of the same length is the same list", needs=("plan",), severity="warning")
@@ -223,6 +225,27 @@ def same_backbone(context: DoctorContext) -> Iterator[Finding]:
                     "checkpoint was made with, or use weights of this backbone.",
                 ),
             )
+            return
+
+
+@check("HA313", "images have as many channels as the weights were trained on", needs=("plan",), severity="warning")
+def same_channels(context: DoctorContext) -> Iterator[Finding]:
+    """Find one mean, which makes a model of grey images, whose first layer then starts from random values."""
+    channels = len(context.cfg.MODEL.PIXEL_MEAN)
+    for t in context.plan.tensors:
+        file, model = t.source_shape, t.target_shape
+        if file is None or model is None or len(file) != 4 or len(model) != 4 or t.cause is not Cause.NO_LAYOUT:
+            continue
+        if model[1] == channels != file[1] and file[:1] + file[2:] == model[:1] + model[2:]:
+            both = f"{MODEL.PIXEL_MEAN} and {MODEL.PIXEL_STD}"
+            fix = f"Make {both} as long as the weights want, and {INPUT.FORMAT} its mode."
+            if file[1] == 3:
+                fix = f"Write {INPUT.FORMAT.write('BGR')}, and three values in {both}: a grey image is read as three "
+                fix += "equal channels."
+            found = f"{channels} value{'s' * (channels != 1)}, so {t.name} takes {channels} and in "
+            found += f"{context.weights_path} {file[1]}: this layer starts from random values"
+            error = ConfigError(MODEL.PIXEL_MEAN, found=found, expected=f"{file[1]} channels", fix=fix)
+            yield Finding("HA313", "warning", error)
             return
 
 

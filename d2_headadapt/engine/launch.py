@@ -16,11 +16,11 @@ from detectron2.engine import create_ddp_model
 from detectron2.engine import default_argument_parser as stock_argument_parser
 from detectron2.engine import launch as stock_launch
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from ..errors import ConfigError, HeadAdaptError
+from .. import said
+from ..errors import INTERRUPTED, ConfigError, HeadAdaptError
 from ..key import OUTPUT_DIR
 from ..setup.arguments import add_import_argument
 
@@ -43,7 +43,7 @@ def log_to(folder: str) -> None:
         ConfigError: it cannot be made or written to.
     """
     try:
-        setup_logger(folder, distributed_rank=comm.get_rank(), name="d2_headadapt")
+        said.log_to(folder, comm.get_rank())
     except OSError as exc:
         raise ConfigError(
             OUTPUT_DIR, expected="a folder, or a place for one", found=str(exc), fix="Name another folder."
@@ -64,6 +64,8 @@ def command(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
         launch(partial(_said, run), args)
     except HeadAdaptError as error:
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except ProcessExitedException as exc:
         return exc.exit_code
     return 0
@@ -78,6 +80,12 @@ def _said(run: Callable[[argparse.Namespace], Any], args: argparse.Namespace) ->
         if several:
             # A traceback from every process would bury the line.
             sys.exit(error.exit_code)
+        raise
+    except KeyboardInterrupt as stop:
+        if comm.is_main_process():
+            print(str(stop) or "stopped", file=sys.stderr, flush=True)
+        if comm.get_world_size() > 1:
+            sys.exit(INTERRUPTED)
         raise
 
 

@@ -33,7 +33,7 @@ from ..data.images import UNREADABLE, why_unreadable
 from ..data.task_spec import TaskSpec, task_specs
 from ..errors import CheckpointFileError, ConfigError, DatasetError
 from ..evaluation.drawing import draw_tasks, image_lines
-from ..files import write_text
+from ..files import is_full, unwritable, write_text
 from ..key import MODEL
 from ..modeling.keep import keep_of
 from ..setup.recipe import Recipe
@@ -212,6 +212,8 @@ def predict_files(predictor: Predictor, files: Sequence[Path], output: Path, lea
             output.mkdir(parents=True, exist_ok=True)
             drawn.save(str(picture))
         except OSError as exc:
+            if is_full(exc):
+                raise unwritable(str(picture), exc) from exc
             raise CheckpointFileError(
                 str(output), expected="a folder, or a place for one", found=str(exc), fix="Name another --output."
             ) from exc

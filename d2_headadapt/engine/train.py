@@ -31,9 +31,11 @@ from ..checkpoint.ranks import agree
 from ..checkpoint.run_folder import claim, release, set_aside, unnoted
 from ..config.keep import KeepSettings
 from ..config.settings import AdaptSettings, attach_discovery, attach_settings, with_keys
+from ..data.dicts import Needs, checked_dicts
 from ..data.negatives import negative_images, with_negatives
 from ..data.task_mapper import build_task_test_loader, build_task_train_loader
 from ..data.task_spec import task_specs
+from ..doctor.reading import WITHOUT_BOXES
 from ..doctor.running import examine_before_training
 from ..errors import ConfigError, PlanRefused, UsageError
 from ..evaluation.build import build_evaluator as build_evaluator
@@ -49,6 +51,7 @@ from .launch import command as command
 from .launch import ddp_without_gpus, log_to
 from .launch import default_argument_parser as default_argument_parser
 from .launch import launch as launch
+from .stopping import in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +121,20 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Build stock's loader, with the labels of ``MODEL.TASKS`` and the photos of ``KEEP_NEGATIVES`` where asked."""
-        if cfg.MODEL.get("TASKS"):
-            return build_task_train_loader(cfg)
-        keep = KeepSettings.from_config(cfg)
-        negatives = negative_images(keep.negatives) if keep is not None else []
-        if not negatives:
-            return super().build_train_loader(cfg)
-        own = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-        return build_detection_train_loader(cfg, dataset=with_negatives(own, negatives))
+        """Build stock's loader, with the labels of ``MODEL.TASKS`` and the photos of ``KEEP_NEGATIVES`` where asked.
+
+        Raises:
+            DatasetError: a dict of a dataset lacks what detectron2 reads.
+        """
+        with checked_dicts(Needs(boxes=cfg.MODEL.META_ARCHITECTURE not in WITHOUT_BOXES)):
+            if cfg.MODEL.get("TASKS"):
+                return build_task_train_loader(cfg)
+            keep = KeepSettings.from_config(cfg)
+            negatives = negative_images(keep.negatives) if keep is not None else []
+            if not negatives:
+                return super().build_train_loader(cfg)
+            own = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+            return build_detection_train_loader(cfg, dataset=with_negatives(own, negatives))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -144,6 +152,16 @@ class Trainer(DefaultTrainer):
         say_what_is_read(self.checkpointer, self.cfg.MODEL.WEIGHTS, resume)
         super().resume_or_load(resume)
         say_what_is_left(self.start_iter, self.max_iter)
+
+    def train(self) -> Any:
+        """Train; Ctrl-C and a full disk end it with one line that says how to go on.
+
+        Raises:
+            Stopped: Ctrl-C.
+            CheckpointFileError: the disk is full.
+        """
+        with in_one_line(self, self.checkpointer):
+            return super().train()
 
     def before_train(self) -> None:
         """Start like the parent, and put the plan into the run's record."""
@@ -234,6 +252,9 @@ def record_plan(checkpointer: HeadAdaptCheckpointer, storage: EventStorage, iter
     plan = checkpointer.plan
     if plan is not None and comm.is_main_process():
         storage.put_scalar("head_adapt/coverage", plan.coverage, smoothing_hint=False)
+        carried, total = plan.class_coverage
+        if total:
+            storage.put_scalar("head_adapt/class_coverage", carried / total, smoothing_hint=False)
         with SummaryWriter(checkpointer.save_dir) as writer:
             writer.add_text("head_adapt/plan", plan_markdown(plan), iteration)
 

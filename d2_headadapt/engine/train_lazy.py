@@ -29,6 +29,7 @@ from ..data.task_spec import task_specs
 from ..doctor.running import examine_before_training
 from ..errors import ConfigError, UsageError
 from ..evaluation.keep import judged_by_name
+from ..evaluation.truth import complete_truth
 from ..fit.hook import FitHook
 from ..fit.lookahead import LookaheadSettings
 from ..fit.settings import FitSettings
@@ -39,6 +40,7 @@ from ..setup.lazy.tree import built, names_in, select, target_of
 from ..setup.recipe import LazyRecipe
 from .gradient_watch import UntrainedHeads
 from .launch import log_to
+from .stopping import in_one_line
 from .train import OwnFolder, build_evaluator, record_plan, refuse_new_rows, say_what_is_left, say_what_is_read
 
 logger = logging.getLogger(__name__)
@@ -166,6 +168,8 @@ def _evaluator(recipe: LazyRecipe) -> DatasetEvaluator | list[DatasetEvaluator] 
         return build_evaluator(recipe.config, _only(names)) if names else None
     made = built(node, "dataloader.evaluator")
     evaluators: list[DatasetEvaluator] = [made] if isinstance(made, DatasetEvaluator) else list(made)
+    for one in evaluators:
+        complete_truth(one)
     specs = task_specs(recipe.config)
     if specs:
         # Here, because scikit-learn takes two seconds to import, which nobody without tasks should wait for.
@@ -221,7 +225,8 @@ def train(recipe: LazyRecipe, resume: bool) -> None:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     say_what_is_left(start, lazy.train.max_iter)
-    trainer.train(start, lazy.train.max_iter)
+    with in_one_line(trainer, checkpointer):
+        trainer.train(start, lazy.train.max_iter)
 
 
 class _PlanInRecord(HookBase):

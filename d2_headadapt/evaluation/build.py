@@ -24,6 +24,7 @@ from ..data.task_spec import task_specs
 from ..errors import ConfigError, DatasetError
 from ..key import TASKS
 from .keep import judged_by_name
+from .truth import complete_truth
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -74,7 +75,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     images_alone = cfg.MODEL.META_ARCHITECTURE == "MultiTaskClassifier"
     evaluators = judge_tasks if images_alone else build[kind]() + judge_tasks
     judge = evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
-    return judged_by_name(cfg, dataset_name, judge)
+    return judged_by_name(cfg, dataset_name, complete_truth(judge))
 
 
 def _task_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:

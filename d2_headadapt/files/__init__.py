@@ -23,8 +23,10 @@ import torch
 from ..errors import CheckpointFileError
 from . import safetensor_files, torchfile
 from .saving import existing_output as existing_output
+from .saving import is_full as is_full
 from .saving import is_same_file as is_same_file
 from .saving import replace_file as replace_file
+from .saving import unwritable as unwritable
 from .saving import write_checkpoint as write_checkpoint
 from .saving import write_text as write_text
 from .unpickling import DAMAGED, SafeUnpickler, Unpickler

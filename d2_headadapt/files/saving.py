@@ -8,11 +8,13 @@ never taken for a checkpoint, and the next write to that folder removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +93,9 @@ def existing_output(path: str, *, force: bool, inputs: Sequence[str], endings: S
     if not path.endswith(tuple(endings)):
         _refuse(path, f"a file name that ends in {' or '.join(endings)}", "another ending", "Rename the output.")
     if not os.path.isdir(folder):
-        _refuse(path, "an existing output folder", f"no folder {folder!r}", f"Make it first: mkdir -p {folder}")
+        _refuse(
+            path, "an existing output folder", f"no folder {folder!r}", f"Make it first: mkdir -p {shlex.quote(folder)}"
+        )
     if os.path.isdir(path):
         _refuse(path, "a file name", "a folder", "Name a file inside it.")
     for name in inputs:
@@ -156,12 +160,7 @@ def replace_file(path: str, write: Callable[[IO[bytes]], object], *, exclusive: 
         found = "a file, written since this command began"
         _refuse(path, "an output that does not exist yet", found, "Name another output, or add --force.")
     except _SAVE_ERRORS as error:
-        raise CheckpointFileError(
-            path,
-            expected="a file that can be written",
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}",
-            fix=_fix(folder, error),
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         _in_progress.discard(temporary)
         with contextlib.suppress(OSError):  # gone after a success
@@ -202,13 +201,36 @@ def _claim(temporary: str, target: str) -> None:
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
 
 
-def _fix(folder: str, error: BaseException) -> str:
+def is_full(error: BaseException) -> bool:
+    """Tell whether an error says that the disk, or the user's share of it, is full."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and (error.errno in full or os.strerror(errno.ENOSPC) in str(error))
+
+
+def unwritable(path: str, error: BaseException) -> CheckpointFileError:
+    """Return the error for a file that was not written.
+
+    Args:
+        path: the file, or where only that is known its folder.
+        error: what was raised.
+    """
+    folder = path if os.path.isdir(path) else os.path.dirname(os.path.realpath(path))
+    text = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no reason given'}"
+    # torch's writer says that it failed, and not why.
+    of_writer = "failed writing" in str(error) or "fail at" in str(error)
     if not os.path.isdir(folder):
-        return f"Make the folder first: mkdir -p {folder}"
-    if not isinstance(error, OSError) and "failed writing" not in str(error) and "fail at" not in str(error):
-        return "Nothing was changed. Save tensors, numbers, text, lists and dicts only."
-    free = shutil.disk_usage(folder).free
-    return f"Nothing was changed. Look at the folder's rights and space ({free / 2**20:,.0f} MiB free)."
+        fix = f"Make the folder first: mkdir -p {shlex.quote(folder)}"
+    elif is_full(error) or (of_writer and shutil.disk_usage(folder).free < 2**20):
+        free = shutil.disk_usage(folder).free
+        found = f"No space left on device, the disk of {folder}: it was not written"
+        fix = f"Nothing was changed. Free some space there ({free / 2**20:,.0f} MiB free), or name another folder."
+        return CheckpointFileError(path, expected="space for the file", found=found, fix=fix)
+    elif isinstance(error, OSError) or of_writer:
+        free = shutil.disk_usage(folder).free
+        fix = f"Nothing was changed. Look at the folder's rights and space ({free / 2**20:,.0f} MiB free)."
+    else:
+        fix = "Nothing was changed. Save tensors, numbers, text, lists and dicts only."
+    return CheckpointFileError(path, expected="a file that can be written", found=text, fix=fix)
 
 
 def _sync(path: str) -> None:

@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..adapt.classes import SPACES
 from ..data.task_mapper import Mapper
+from ..key import HEAD_ADAPT, Words, shown
 from ..modeling.keep import keep_of
 from ..modeling.task_dry_run import evaluating
+from ..said import be_heard
 from .boxes import fit_boxes
 from .dense import fit_dense
 from .images import FeatureCache, ImageStream, choose_images, random_states_kept
@@ -37,6 +39,8 @@ def fit_new_rows(
     new: Mapping[str, Sequence[int]],
     settings: FitSettings | None = None,
     cache: FeatureCache | None = None,
+    skip: Words = "",
+    quiet: bool = False,
 ) -> FitReport:
     """Solve the rows of new classes in closed form on the frozen features of the user's own images.
 
@@ -52,6 +56,8 @@ def fit_new_rows(
             one space differ (a file with boxes and no masks).
         settings: how.
         cache: backbone features of an earlier fit with the same backbone, images and seed.
+        skip: what to type to go without a fit, for the log.
+        quiet: log neither what begins nor what became of each part, as for a solution that is repeated.
 
     Returns:
         What was solved and what was not, and why.
@@ -64,6 +70,7 @@ def fit_new_rows(
     wanted = {name: tuple(classes) for name, classes in new.items() if len(classes)}
     if not wanted:
         return FitReport()
+    be_heard()
     if isinstance(model, DistributedDataParallel):
         model = model.module
     if keep_of(model) is not None:
@@ -76,6 +83,9 @@ def fit_new_rows(
     stream = ImageStream(model, dataset, mapper, chosen, settings, comm.get_rank(), comm.get_world_size(), cache)
     if len(stream) == 0:
         return FitReport((PartReport("model", "kept", "the training set has no images"),), spaces, spaces)
+    if not quiet:
+        logger.info("%s", start_line(spaces, len(stream), len(dataset), settings, skip))
+        stream.estimates = True
     try:
         with random_states_kept(), evaluating(model), torch.no_grad():
             parts, without = _fit(model, dataset, stream, writer, settings, spaces)
@@ -85,10 +95,29 @@ def fit_new_rows(
     skipped = _all_skipped(stream)
     seconds = time.perf_counter() - started
     report = FitReport(tuple(parts), spaces, without, len(stream) - len(skipped), skipped, seconds, tuple(chosen))
-    for part in parts:
-        logger.info("fit: %s", part.line())
-    logger.info("%s", report.line())
+    if not quiet:
+        for part in parts:
+            logger.info("fit: %s", part.line())
+        logger.info("%s", report.line())
     return report
+
+
+def start_line(
+    spaces: Mapping[str, tuple[int, ...]], images: int, total: int, settings: FitSettings, skip: Words = ""
+) -> str:
+    """Return what a fit is about to do, on how many images, and how to make it shorter or do without it.
+
+    Example:
+        >>> start_line({"thing": (4, 5)}, 300, 5000, FitSettings())
+        'fit: solving the rows of 2 new thing classes on 300 of 5000 images and their mirror images; \
+fewer: MODEL.HEAD_ADAPT.FIT.IMAGES 100'
+    """
+    new = ", ".join(f"{len(k)} new {space} class{'es' * (len(k) != 1)}" for space, k in spaces.items())
+    seen = f"{images} of {total} images{' and their mirror images' * settings.mirror}"
+    hints = [f"fewer: {HEAD_ADAPT.FIT.IMAGES.set(max(1, images // 3))}"] * (images > 1) + [f"none: {skip}"] * (
+        skip != ""
+    )
+    return shown(f"fit: solving the rows of {new} on {seen}" + "".join(f"; {hint}" for hint in hints))
 
 
 def _fit(
@@ -154,8 +183,10 @@ def _fit_rpn(
         return PartReport(name, "kept", "no box row is new")
     if carried:
         carried -= {int(a["category_id"]) for entry in dataset for a in entry.get("annotations", ())}
-    if settings.rpn == "never" or "rpn" not in settings.parts:
-        return PartReport(name, "kept", "FIT.RPN or FIT.PARTS leaves it out")
+    if "rpn" not in settings.parts:
+        return PartReport(name, "kept", "FIT.PARTS leaves it out")
+    if settings.rpn == "never":
+        return PartReport(name, "kept", "FIT.RPN is never")
     if carried:
         return PartReport(name, "kept", f"{len(carried)} carried classes are not labelled in the training set")
     if not hasattr(model.proposal_generator, "rpn_head"):

@@ -15,6 +15,7 @@ from detectron2.engine import HookBase
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..data.task_datasets import every_training_dict
 from ..data.task_mapper import Mapper, mapper_at_test_size
+from ..key import HEAD_ADAPT, Words
 from ..modeling.keep import keep_of
 from .fit import fit_new_rows
 from .images import FeatureCache
@@ -22,6 +23,7 @@ from .lookahead import EVERY, Lookahead, LookaheadSettings, forget_momentum
 from .settings import FitReport, FitSettings
 
 logger = logging.getLogger(__name__)
+SKIP = HEAD_ADAPT.FIT.ENABLED.set(False)
 
 
 def features_stand_still(model: Any) -> bool:
@@ -46,6 +48,7 @@ class FitHook(HookBase):
         new: gives the new classes; asked when training starts, after the checkpoint was loaded.
         settings: of the fit.
         calm: of the iterations that follow.
+        skip: what to type to train without it, for the log.
 
     Attributes:
         report: of the fit; ``None`` before it.
@@ -58,9 +61,10 @@ class FitHook(HookBase):
         new: Callable[[], Mapping[str, Sequence[int]]],
         settings: FitSettings,
         calm: LookaheadSettings | None = None,
+        skip: Words = SKIP,
     ) -> None:
         self._dataset, self._mapper, self._new = dataset, mapper, new
-        self._settings, self._calm = settings, calm or LookaheadSettings()
+        self._settings, self._calm, self._skip = settings, calm or LookaheadSettings(), skip
         self._solved: tuple[str, ...] = ()
         self._lookahead: Lookahead | None = None
         self._fitted: dict[str, Sequence[int]] = {}
@@ -69,15 +73,16 @@ class FitHook(HookBase):
         self.report: FitReport | None = None
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, new: Callable[[], Mapping[str, Sequence[int]]]) -> FitHook:
+    def from_config(cls, cfg: CfgNode, new: Callable[[], Mapping[str, Sequence[int]]], skip: Words = SKIP) -> FitHook:
         """Make the hook for the training sets of a config.
 
         Args:
             cfg: with the keys under ``MODEL.HEAD_ADAPT.FIT``.
             new: gives the new classes, as :meth:`HeadAdaptCheckpointer.rows_to_fit`.
+            skip: what to type to train without it, for the log.
         """
         fit, calm = FitSettings.from_config(cfg), LookaheadSettings.from_config(cfg)
-        return cls(partial(every_training_dict, cfg), mapper_at_test_size(cfg), new, fit, calm)
+        return cls(partial(every_training_dict, cfg), mapper_at_test_size(cfg), new, fit, calm, skip)
 
     def before_train(self) -> None:
         """Fit, unless this run continues an earlier one."""
@@ -105,7 +110,18 @@ class FitHook(HookBase):
         backbone = getattr(getattr(model, "module", model), "backbone", None)
         if backbone is None or any(p.requires_grad for p in backbone.parameters()):
             cache = None  # Its features move.
-        return fit_new_rows(model, dicts, self._mapper, new=self._fitted, settings=settings, cache=cache)
+        again = self.report is not None
+        # A solution that is repeated has one line, of its iteration.
+        return fit_new_rows(
+            model,
+            dicts,
+            self._mapper,
+            new=self._fitted,
+            settings=settings,
+            cache=cache,
+            skip=self._skip,
+            quiet=again,
+        )
 
     def after_step(self) -> None:
         """Average the steps, and solve the rows again at marks."""

@@ -9,6 +9,7 @@ import logging
 import math
 import random
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from .reservoir import image_key
 from .settings import FitSettings
 
 logger = logging.getLogger(__name__)
+BEFORE_ESTIMATE = 5.0
+"""Seconds of a pass after which it is said how long it will take."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,18 @@ class FeatureCache:
             self._views[view.number] = view
 
 
+def estimate_line(title: str, done: int, total: int, seconds: float) -> str:
+    """Say how long a pass over the images will take, from how far it is.
+
+    Example:
+        >>> estimate_line("box head", 12, 300, 6.0)
+        'fit: box head, 12 of 300 images in 6 s: about 144 s more; further passes are shorter where features are kept'
+    """
+    left = seconds / done * (total - done)
+    kept = "further passes are shorter where features are kept"
+    return f"fit: {title}, {done} of {total} images in {seconds:.0f} s: about {left:.0f} s more; {kept}"
+
+
 class ImageStream:
     """Views of the chosen images, with their backbone features.
 
@@ -163,6 +178,10 @@ class ImageStream:
         settings: ``mirror``, ``cache_mb`` and ``seed`` are read.
         rank, world: this process takes every ``world``-th image, from ``rank`` on.
         cache: of an earlier stream of the same images through the same backbone.
+
+    Attributes:
+        skipped: images that could not be read, with the reason.
+        estimates: the next pass that takes long logs how long it will take.
     """
 
     def __init__(
@@ -184,6 +203,7 @@ class ImageStream:
         self._rank, self._world = rank, world
         self._cache = FeatureCache(settings.cache_mb) if cache is None else cache
         self.skipped: dict[str, str] = {}
+        self.estimates = False
         held = [i for i, position in enumerate(chosen) if is_held_out(dicts[position], position, settings)]
         # With everything on one side there is nothing to compare.
         self.held_out = frozenset(held if 0 < len(held) < len(self._chosen) else ())
@@ -202,7 +222,12 @@ class ImageStream:
         mine = range(self._rank, len(self._chosen), self._world)
         numbers = [i for i in mine if not held_out_only or i in self.held_out]
         quiet = self._rank > 0 or not sys.stderr.isatty()
-        for i in tqdm(numbers, desc=title, unit="image", disable=quiet, leave=False):
+        started, told = time.perf_counter(), not self.estimates
+        for done, i in enumerate(tqdm(numbers, desc=title, unit="image", disable=quiet, leave=False)):
+            seconds = time.perf_counter() - started
+            if not told and done and seconds > BEFORE_ESTIMATE and self._rank == 0:
+                told, self.estimates = True, False
+                logger.info("%s", estimate_line(title, done, len(numbers), seconds))
             yield from self._views(i, (False, True) if mirror and self._settings.mirror else (False,))
 
     def _views(self, i: int, flips: Sequence[bool]) -> list[View]:

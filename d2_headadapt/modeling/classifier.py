@@ -241,7 +241,7 @@ class MultiTaskClassifier(nn.Module):
                 f"layer pooling ({type(self.pooling).__name__})",
                 expected=f"{made_for}, {self._width} features",
                 found=f"maps {tuple(maps.shape)}, {x.shape[1]} features",
-                fix=f"Give images of {MODEL.CLASSIFIER.INPUT_SIZE.set(f'[{height}, {width}]')}, set that key to their "
+                fix=f"Give images of {MODEL.CLASSIFIER.INPUT_SIZE.set([height, width])}, set that key to their "
                 f"size and train anew, or set {MODEL.CLASSIFIER.POOLING.set('avg')}, which takes any size.",
             )
         raise self._batch_lost(maps, str(tuple(x.shape)))

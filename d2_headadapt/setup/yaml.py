@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import IO, Any
@@ -20,15 +21,17 @@ from ..adapt.planner import target_key
 from ..config.keys import add_headadapt_config
 from ..config.settings import AdaptSettings, write_tables
 from ..data.datasets import absolute_entries, check_same_classes, dataset_table, register_datasets, training_table
-from ..data.task_datasets import say_unused_tasks, settle_tasks
+from ..data.task_datasets import say_about_tasks, settle_tasks
 from ..data.task_spec import complete_tasks
 from ..errors import ConfigError, DatasetError, UsageError
 from ..key import DATASETS, HEAD_ADAPT, MODEL, TASKS, YAML
 from ..modeling.text.preflight import refuse_text
+from ..said import be_heard
 from .class_counts import settle_counts
 from .components import add_component_keys, import_components
 from .keep import check_labels, settle_keep
 from .task_checks import check_tasks
+from .typed import not_of_type
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +114,7 @@ def trusts_yaml(opts: Sequence[str]) -> bool:
 
 
 def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
-    """Settle what a yaml says in its own place: ``DATASETS.REGISTER`` paths absolute, a task's ``on`` a string.
+    """Settle what a yaml says in its own place: paths become absolute, a task's ``on`` a string.
 
     Args:
         loaded: its content, with that of its base files, which came through here first; changed in place.
@@ -125,10 +128,32 @@ def settle_yaml(loaded: dict[str, Any], filename: str) -> None:
     entries = datasets.get("REGISTER") if isinstance(datasets, dict) else None
     if isinstance(datasets, dict) and isinstance(entries, (list, tuple)):
         datasets["REGISTER"] = absolute_entries(entries, os.path.dirname(os.path.abspath(filename)))
+    model = loaded.get("MODEL")
+    if isinstance(model, dict) and isinstance(model.get("WEIGHTS"), str):
+        model["WEIGHTS"] = beside_config(model["WEIGHTS"], filename)
     tasks = (loaded.get("MODEL") or {}).get("TASKS") if isinstance(loaded.get("MODEL"), dict) else None
     for task in tasks.values() if isinstance(tasks, dict) else ():
         if isinstance(task, dict) and True in task:
             task["on"] = task.pop(True)  # A bare `on` is a truth value in YAML 1.1.
+
+
+def beside_config(path: str, config_file: str) -> str:
+    """Find a checkpoint from the working directory and, where nothing is there, from the config's folder.
+
+    Args:
+        path: as the config has it; what is absolute or an address stays.
+        config_file: the file that holds it.
+    """
+    file, mark, query = path.partition("?")
+    if not file or "://" in file or os.path.isabs(file) or os.path.isfile(file):
+        return path
+    other = os.path.join(os.path.dirname(os.path.abspath(config_file)), file)
+    if not os.path.isfile(other):
+        return path
+    be_heard()
+    said = "%s %s is not in the working directory: taken from beside %s, as %s."
+    logger.info(said, MODEL.WEIGHTS, file, config_file, other)
+    return f"{other}{mark}{query}"
 
 
 def _refuse_duplicate_tasks(filename: str) -> None:
@@ -192,14 +217,30 @@ def load_config(config_file: str, opts: Sequence[str] = (), imports: Sequence[st
         cfg = CfgNode(reader)
         cfg.MODEL.TASKS.set_new_allowed(True)
     complete_tasks(cfg)
-    if len(opts) % 2:
-        raise UsageError(
-            "command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix="Add the value."
-        )
+    refuse_words(opts)
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         merge(cfg, "command line", partial(cfg.merge_from_list, [key, value]))
     cfg.DATASETS.REGISTER = absolute_entries(cfg.DATASETS.REGISTER, os.getcwd())
     return cfg
+
+
+def refuse_words(opts: Sequence[str]) -> None:
+    """Raise for overrides that are no ``KEY VALUE`` pairs.
+
+    Raises:
+        UsageError: an option or a config among them, or a key without a value.
+    """
+    for word in opts[::2]:
+        if word.startswith("--"):
+            fix = f"Move {word} and what belongs to it in front of {opts[0]}."
+            raise UsageError("command line", expected="options before KEY VALUE pairs", found=repr(word), fix=fix)
+        if word.endswith((".yaml", ".yml")):
+            fix = f"Type --config-file {shlex.quote(word)} instead."
+            raise UsageError("command line", expected="KEY VALUE pairs", found=f"the file {word!r}", fix=fix)
+    if len(opts) % 2:
+        key, equals, value = opts[-1].partition("=")
+        fix = f"Type {key} {shlex.quote(value)} instead." if equals and value else f"Type the value behind {key}."
+        raise UsageError("command line", expected="KEY VALUE pairs", found=f"{opts[-1]!r} without a value", fix=fix)
 
 
 def _refuse_saved_lazy(config_file: str) -> None:
@@ -281,7 +322,7 @@ def settle_config(
     keeps = settle_keep(cfg, required=required and reads_labels)
     check_tasks(cfg)
     settle_tasks(cfg, required=required and reads_labels)
-    say_unused_tasks(cfg)
+    say_about_tasks(cfg)
     named = [s for s, suffix in KEY_SUFFIXES.items() if cfg.MODEL.HEAD_ADAPT[f"TARGET_CLASSES{suffix}"] is not None]
     # Who names the classes needs no dataset to plan on a file.
     settings = AdaptSettings.from_config(cfg, required=required and (reads_labels or not named))
@@ -365,9 +406,7 @@ def merge(cfg: CfgNode, where: str, do: Callable[[], Any]) -> None:
             where, expected=f"a {YAML} file and base files that can be read", found=str(exc), fix="Correct the path."
         ) from exc
     except ValueError as exc:
-        fix = "Correct the value." + (" A list is written [one, two]." if "tuple" in str(exc) else "")
-        found = " ".join(str(exc).split())[:300]
-        raise ConfigError(where, expected="a value of the key's type", found=found, fix=fix) from exc
+        raise not_of_type(where, exc) from exc
 
 
 def all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from d2_headadapt.adapt.classes import ClassTable
 from d2_headadapt.adapt.layouts import HeadLayout
 from d2_headadapt.adapt.plan import AdaptPlan, TensorPlan
@@ -140,6 +142,34 @@ def test_a_copy_by_shape_alone_says_which_key_verifies_it() -> None:
     assert (notice.severity, notice.fix) == ("warning", f"Type: {notice.type_this} ({notice.hint}).")
     text = plan_table(plan)
     assert text.count("see note 1") == 2 and "type: MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "typed", "hint"),
+    [
+        (80, "coco", "80 rows: probably coco; else a dataset, a file or a list of names"),
+        (20, "voc", "20 rows: probably voc; else a dataset, a file or a list of names"),
+        (365, "objects365", "365 rows: probably objects365; else a dataset, a file or a list of names"),
+        (8, "names.txt", "or a dataset, vocabulary, .json file or list of names; the shapes of the file hold 8"),
+    ],
+)
+def test_a_trained_head_without_names_is_discarded_with_the_guess_that_fits(rows: int, typed: str, hint: str) -> None:
+    """Never taken by a guess, and never left out without a word."""
+    plan = make(None, k=rows)
+    (notice,) = plan_notices(plan)
+    assert (notice.code, notice.hint) == ("discarded", hint)
+    assert notice.type_this == f"MODEL.HEAD_ADAPT.SOURCE_CLASSES {typed}"
+    assert notice.tensors == (BOX, MASK) and notice.where == "2 tensors of heads keep the model's initial values"
+    assert notice.found.endswith("the classes of the file are unknown: set MODEL.HEAD_ADAPT.SOURCE_CLASSES")
+    assert notice.line().startswith("discarded: 2 tensors of heads keep the model's initial values: (")
+    assert plan.class_coverage == (0, 5), "the share of tensors alone says little"
+    assert plan.coverage == 1 / 4, "the trunk's one tensor of four"
+
+
+def test_a_head_that_starts_afresh_as_the_class_lists_say_is_no_surprise() -> None:
+    plan = make(ClassTable(["a", "b", "c", "d"]), ClassTable(["w", "x", "y", "z"]))
+    assert [notice.code for notice in plan_notices(plan)] == ["initialised"]
+    assert plan.class_coverage == (0, 4) and make().class_coverage == (4, 5)
 
 
 def test_unknown_classes_of_the_model_name_the_key_of_that_side() -> None:

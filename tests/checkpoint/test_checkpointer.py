@@ -169,7 +169,7 @@ def test_without_class_tables_it_behaves_as_stock_and_says_so(source: nn.Module,
 
 
 def test_what_was_carried_and_what_is_new_is_one_line(stock_file: str) -> None:
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         adapted(stock_file, MIXED)
     lines = [r.getMessage() for r in said if r.getMessage().startswith("3 of 4 thing classes carried")]
     assert len(lines) == 1
@@ -290,7 +290,7 @@ def test_the_zoo_path_is_recognised_before_it_becomes_a_local_path(
 
 def test_unknown_classes_of_the_same_count_are_copied_and_the_key_is_named(source: nn.Module, stock_file: str) -> None:
     model = model_of([*MIXED, "fifth"], seed=2, masks=True)
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         HeadAdaptCheckpointer(model).load(stock_file)
     assert same_bits(state_of(model), state_of(source))
     warnings = [r.getMessage() for r in said if r.levelno == logging.WARNING]

@@ -70,6 +70,6 @@ def test_a_trained_head_that_is_not_taken_is_a_warning(tmp_path: Path, caplog: p
         HeadAdaptCheckpointer(other, settings=settings).load(str(tmp_path / "old.pth"))
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert said == [
-        "not loaded: 6 tensors of roi_heads keep the model's initial values: "
+        "discarded: 6 tensors of roi_heads keep the model's initial values: "
         "class-agnostic in the file, 4 rows per class in the model"
     ]

@@ -286,9 +286,9 @@ def test_a_plan_read_back_from_json_draws_the_same_map() -> None:
 
 def test_what_needs_attention_stands_on_top_with_what_to_type() -> None:
     for name, level, words in (
-        ("refused", "refused", "MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt"),
+        ("refused", "refused", "MODEL.HEAD_ADAPT.SOURCE_CLASSES coco"),
         ("copied by shape alone", "unverified", "MODEL.HEAD_ADAPT.SOURCE_CLASSES names.txt"),
-        ("classes unknown", "initialised", "the shapes of the file hold 80"),
+        ("classes unknown", "discarded", "80 rows: probably coco"),
     ):
         html = plan_html(UNMAPPED[name])
         page = Page(html)
@@ -327,3 +327,11 @@ def test_twenty_thousand_classes_take_seconds_and_a_bounded_page(target: list[st
     assert time.perf_counter() - start < 10
     names = sum(len(x) for x in (*plan.source["thing"].names, *plan.target["thing"].names))
     assert len(html.encode()) < 200_000 + 100 * 40_000 + 2 * names
+
+
+def test_a_discarded_head_is_the_verdict_with_the_guess_and_a_coverage_that_counts_classes() -> None:
+    """80 unnamed classes and six wanted ones: nothing of the trained head is used."""
+    page = plan_html(make(COCO, many(6, 1), named=0))
+    assert '<p class="verdict discarded">Loads, but a trained head of the file is not used</p>' in page
+    assert "<code>MODEL.HEAD_ADAPT.SOURCE_CLASSES coco</code> <span>80 rows: probably coco; else a dataset" in page
+    assert "25% <small>of 4 tensors in the file find a place, and 0 of 6 classes are carried</small>" in page

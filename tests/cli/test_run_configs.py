@@ -22,8 +22,8 @@ from helpers.repository import CLS, SOURCE, Repository, adopted, shipped
 
 from d2_headadapt.cli.run.classes import prepare_lazy
 from d2_headadapt.cli.run.models import Architecture
-from d2_headadapt.cli.run.said import BesideDetectron2
 from d2_headadapt.config.settings import settings_of
+from d2_headadapt.said import BesideDetectron2
 
 # Its data loader is built before its model, and its processes are handed the config itself.
 LOADER_FIRST = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 from collections import Counter
@@ -14,13 +15,14 @@ import pytest
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from helpers.datasets import write_coco
+from helpers.files import logged, texts
 from PIL import Image
 
 from d2_headadapt.adapt.classes import ClassTable
 from d2_headadapt.config.keys import add_headadapt_config
-from d2_headadapt.data.datasets import dataset_table, register_datasets
+from d2_headadapt.data.datasets import dataset_table, register_datasets, task_facts
 from d2_headadapt.data.entry import absolute_entries, checked_entry
-from d2_headadapt.data.task_datasets import settle_tasks, training_dicts
+from d2_headadapt.data.task_datasets import say_about_tasks, settle_tasks, tasks_of_one_class, training_dicts
 from d2_headadapt.data.task_spec import task_specs
 from d2_headadapt.errors import ClassTableError, ConfigError, DatasetError
 from d2_headadapt.setup.yaml import load_config, resolve_config
@@ -293,7 +295,6 @@ def test_extra_keys_stay_beside_tasks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (True, r"data\.json, box 3: expected a name, an index or a list of them as attribute 'parity', found True"),
         ({"a": 1}, r"box 3: .*found \{'a': 1\} \(dict\)"),
     ],
 )
@@ -303,6 +304,37 @@ def test_attribute_of_another_type_is_refused(tmp_path: Path, value: Any, messag
 
     with pytest.raises(DatasetError, match=message):
         register_datasets([write_attributes(tmp_path, tasks=["parity"], edit=edit)])
+
+
+def test_true_and_false_are_two_classes_and_an_empty_string_is_no_label(tmp_path: Path) -> None:
+    """CVAT writes checkboxes so, and an empty text where nobody typed anything."""
+
+    def edit(content: dict[str, Any]) -> None:
+        values = [True, False, "", "true", [""], " ", ["", False], True]
+        for box, value in zip(content["annotations"], itertools.cycle(values), strict=False):
+            box["attributes"] = {"parity": value}
+
+    register_datasets([write_attributes(tmp_path, tasks=["parity"], missing=["?"], edit=edit)])
+    facts = task_facts("d2ha_json")["parity"]
+    assert facts.classes == ("false", "true") and not facts.multi
+    seen = box_labels("d2ha_json", "parity")
+    assert seen[:8] == [1, 0, None, 1, None, None, 0, 1][: len(seen)]
+
+
+def test_a_task_that_is_left_with_one_class_is_said(tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for i, box in enumerate(content["annotations"]):
+            box["attributes"] = {"parity": ["even", ""][i % 2]}
+
+    register_datasets([write_attributes(tmp_path, tasks=["parity"], edit=edit)])
+    name = "d2ha_json"
+    cfg = config(name, parity={"on": "box"})
+    assert tasks_of_one_class(cfg) == {"parity": "even"}
+    with logged("d2_headadapt") as said:
+        say_about_tasks(cfg)
+    assert "Task 'parity' has one class, 'even', so there is nothing to learn" in texts(said)
+    assert tasks_of_one_class(config(name, parity={"on": "box", "classes": ["even", "odd"]})) == {}
+    assert tasks_of_one_class(config(name, parity={"on": "box", "kind": "multi"})) == {}
 
 
 def test_a_task_of_both_levels_must_be_said(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def trainer_cfg(tmp_path: Path, classes: int = 3, **solver: Any) -> Any:
     cfg.DATASETS.REGISTER = [{"name": "train", "json": str(tmp_path / "train.json"), "images": str(tmp_path / "train")}]
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("train",), (), str(tmp_path / "out")
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, 2, ()
-    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATALOADER.NUM_WORKERS = cfg.SOLVER.WARMUP_ITERS = 0
     resolve_config(cfg)
     cfg.defrost()
     for key, value in solver.items():

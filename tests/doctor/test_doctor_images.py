@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -90,6 +91,52 @@ def test_a_damaged_image_is_an_error(tmp_path: Path, damage: str) -> None:
     else:
         found = one_of(report, "HA232")
         assert found.severity == "error" and str(file) in found.found and "1 of 6" in found.found
+
+
+def picture(mode: str, low: float, high: float) -> Image.Image:
+    """A ramp from low to high, as wide and high as the labels say."""
+    ramp = np.linspace(low, high, 64 * WIDE).reshape(64, WIDE)
+    if mode == "LA":
+        return Image.merge("LA", (Image.new("L", (WIDE, 64)), Image.fromarray(ramp.astype(np.uint8))))
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32, "L": np.uint8}[mode]
+    return Image.fromarray(ramp.astype(kind))
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "shown"),
+    [
+        ("I;16", 300, 4095, "mode I;16, values 300 to 4095: 100% of its pixels become white"),
+        ("I", 300, 70000, "mode I, values 300 to 70000: 100% of its pixels become white"),
+        ("F", 0, 1, "mode F, values 0 to 1: all of it becomes black"),
+        ("LA", 0, 255, "mode LA: all of it becomes one colour, because the picture is in its transparency"),
+        ("I", 0, 255, ""),
+        ("F", 0, 200, ""),
+        ("L", 0, 255, ""),
+        ("L", 7, 7, ""),
+    ],
+)
+def test_a_picture_that_reading_loses_is_an_error(
+    mode: str, low: float, high: float, shown: str, tmp_path: Path
+) -> None:
+    path = write_wide(tmp_path, "set")
+    ending = ".tif" if mode in ("I", "F", "I;16") else ".png"
+    content = json.loads(path.read_text())
+    content["images"][0]["file_name"] = f"0{ending}"
+    path.write_text(json.dumps(content))
+    picture(mode, low, high).save(tmp_path / "set" / f"0{ending}")
+    report = data_report(registered_context(tmp_path, path))
+    found = [one for one in report.findings if one.code == "HA238"]
+    assert len(found) == bool(shown) and all(shown in one.found and one.severity == "error" for one in found)
+    seen = read_image(str(tmp_path / "set" / f"0{ending}"), "BGR")
+    assert (np.unique(seen).size <= 2) == (bool(shown) or low == high), "as detectron2 reads it"
+
+
+def test_a_scan_that_pillow_refuses_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_wide(tmp_path, "set")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    found = one_of(data_report(registered_context(tmp_path, path)), "HA232")
+    assert "6 of 6" in found.found and "DecompressionBombError" in found.found
+    assert found.fix.startswith("Cut them into tiles or scale them down")
 
 
 @pytest.mark.parametrize(("size", "smaller"), [((48, 64), True), ((120, 64), False), ((WIDE, 64), None)])
@@ -203,7 +250,7 @@ def test_images_at_an_address_are_left_alone_and_that_is_said(tmp_path: Path) ->
 
 def test_no_image_is_read_in_a_quick_run() -> None:
     """The trainer runs the quick checks before every training."""
-    reads = ("HA232", "HA233", "HA234", "HA236", "HA237")
+    reads = ("HA232", "HA233", "HA234", "HA236", "HA237", "HA238")
     assert [code for code in sorted(CHECKS) if "HA230" < code < "HA240" and not CHECKS[code].quick] == list(reads)
 
 

@@ -239,3 +239,23 @@ def test_one_mistake_is_said_once(folder: Path) -> None:
     report = run_checks(DoctorContext(ready=cfg), [one for code, one in CHECKS.items() if code.startswith("HA3")])
     assert [f.code for f in report.findings] == ["HA309"]
     assert {"HA302", "HA303", "HA304", "HA308", "HA311"} <= set(report.not_run)
+
+
+def test_one_mean_with_weights_of_three_channels_is_named(folder: Path) -> None:
+    cfg = config(folder / "own.pth")
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [120.0], [1.0], "L"
+    (found,) = findings(cfg, "HA313")
+    assert codes([found]) == [("HA313", "warning")]
+    assert found.found.startswith("1 value, so backbone.")
+    assert found.found.endswith("own.pth 3: this layer starts from random values")
+    assert found.fix.startswith("Write INPUT.FORMAT: BGR, and three values")
+    assert findings(config(folder / "own.pth"), "HA313") == []
+
+
+def test_a_discarded_head_and_near_names_are_warnings(folder: Path) -> None:
+    (discarded,) = findings(config(folder / "stock.pth", TARGET_CLASSES=["cat", "dog"]), "HA312")
+    assert codes([discarded]) == [("HA312", "warning")] and "keep the model's initial values" in discarded.found
+    assert "SOURCE_CLASSES" in discarded.fix and "hold 5" in discarded.fix
+    (near,) = findings(config(folder / "own.pth", TARGET_CLASSES=["cats", "hound"]), "HA314")
+    assert codes([near]) == [("HA314", "warning")]
+    assert "2 new thing classes have names near to dropped ones" in near.found and "hound=dog" in near.fix

@@ -290,6 +290,25 @@ def test_the_last_of_two_exceptions_counts() -> None:
     ]
 
 
+TOLD = "Dataset 'my_train' is not registered! Available datasets are:"
+
+
+PLACES = [("source", False), ("marks", False), ("exception", True), ("log", True)]
+
+
+@pytest.mark.parametrize(("place", "is_known"), PLACES)
+def test_the_exception_s_line_counts_and_not_the_source_that_is_shown_above_it(place: str, is_known: bool) -> None:
+    """Python shows the line that raised, whose text may be the message of another branch."""
+    lines = {
+        "source": f'    raise KeyError("{TOLD}")\n    ^^^^^^^\nValueError: of something else',
+        "marks": f"    return f(x)\n           ^^^^ {TOLD}\nValueError: of something else",
+        "exception": f"    return f(x)\nKeyError: {TOLD}",
+        "log": f"    return f(x)\nValueError: of something else\n[11/27] ERROR: {TOLD}",
+    }[place]
+    text = f'Traceback (most recent call last):\n  File "catalog.py", line 4, in get\n{lines}\n'
+    assert explanation_text(text)[1] is is_known
+
+
 def test_the_cuda_assert_in_both_forms() -> None:
     # The two texts are a GPU's, which no test here has: they are those of the threads in which people ask.
     line = "Loss.cu:242: nll_loss_forward: block: [0,0,0] Assertion `t >= 0 && t < n_classes` failed."

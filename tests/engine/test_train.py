@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
+import re
 import runpy
 import socket
 import sys
@@ -387,7 +389,7 @@ def test_settings_of_the_config_are_on_the_model_whatever_built_it(run: Run) -> 
     model = Trainer.build_model(cfg)
     assert isinstance(model, nn.Module)
     checkpointer = HeadAdaptCheckpointer(model)
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         checkpointer.load(cfg.MODEL.WEIGHTS)
     assert "No class tables are attached" not in texts(said)
     assert checkpointer.untrained == {"thing": ("zebra",)}
@@ -407,3 +409,123 @@ def test_a_module_given_twice_or_set_up_twice_registers_once(run: Run) -> None:
     finally:
         sys.modules.pop("d2ha_twice", None)
         d2_headadapt.engine.train.logger.handlers.clear()
+
+
+# ------------------------------------------------------------------------------------------- ended before its time
+
+
+def interrupted(*unused: Any, **also: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def full(*unused: Any, **also: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def ended(run: Run, capsys: Any, *more: Any) -> tuple[int, str, str]:
+    """Exit code, standard error and the run's log of ``d2-headadapt train``."""
+    code = cli(["train", "--config-file", str(run.config), *map(str, more)])
+    log = run.output / "log.txt"
+    # torch has something to say of the machine, once a process.
+    lines = [line for line in capsys.readouterr().err.splitlines(True) if not re.match(r"W\d{4} ", line)]
+    return code, "".join(lines), log.read_text() if log.exists() else ""
+
+
+def stop_at(iteration: int, how: Any) -> Any:
+    stock = Trainer.run_step
+    return lambda self: how() if self.iter == iteration else stock(self)
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(run: Run, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Trainer, "run_step", stop_at(1, interrupted))
+    code, err, log = ended(run, capsys, "SOLVER.CHECKPOINT_PERIOD", 1, "MODEL.HEAD_ADAPT.FIT.ENABLED", False)
+    last = run.output / "model_0000000.pth"
+    assert (code, err) == (
+        130,
+        f"stopped at iteration 1; last checkpoint {last}; go on with the same command and --resume\n",
+    )
+    assert "Traceback" not in log
+    monkeypatch.undo()
+    code, err, log = ended(run, capsys, "--resume", "MODEL.HEAD_ADAPT.FIT.ENABLED", False)
+    assert code == 0 and (run.output / "model_final.pth").exists()
+    # The whole run's checkpoint is what a resume that is stopped at once can go on with.
+    monkeypatch.setattr(Trainer, "run_step", stop_at(2, interrupted))
+    code, err, log = ended(run, capsys, "--resume", "MODEL.HEAD_ADAPT.FIT.ENABLED", False, "SOLVER.MAX_ITER", 4)
+    last = run.output / "model_final.pth"
+    assert err == f"stopped at iteration 2; last checkpoint {last}; go on with the same command and --resume\n"
+
+
+@pytest.mark.parametrize("place", ["fit.hook.fit_new_rows", "engine.train.Trainer.run_step"])
+def test_ctrl_c_before_the_first_checkpoint(place: str, run: Run, capsys: Any, monkeypatch: Any) -> None:
+    """An older run's checkpoint in the folder is not this run's."""
+    monkeypatch.setattr(f"d2_headadapt.{place}", interrupted)
+    run.output.mkdir()
+    (run.output / "last_checkpoint").write_text("model_final.pth")
+    code, err, log = ended(run, capsys)
+    assert (code, err) == (130, "stopped before the end of iteration 1: no checkpoint was written; start again\n")
+    assert "Traceback" not in log and not list(run.output.glob("*.pth"))
+
+
+def test_a_stopped_trainer_of_a_script_says_the_same(run: Run, monkeypatch: Any) -> None:
+    trainer = Trainer(setup(run.args("MODEL.HEAD_ADAPT.FIT.ENABLED", False)))
+    trainer.resume_or_load(resume=False)
+    monkeypatch.setattr(Trainer, "run_step", stop_at(1, interrupted))
+    with pytest.raises(KeyboardInterrupt, match="stopped at iteration 1: no checkpoint was written yet"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("place", ["torch.save", "detectron2.utils.events.JSONWriter.write"])
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(place: str, run: Run, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(place, full)
+    code, err, log = ended(run, capsys, "MODEL.HEAD_ADAPT.FIT.ENABLED", False)
+    named = run.output / "model_final.pth" if place == "torch.save" else run.output
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(
+        f"error: {named}: expected space for the file, found No space left on device, the disk of {run.output}: it was "
+        "not written. Nothing was changed. Free some space there ("
+    )
+    assert "Traceback" not in log and "Exception during training" not in log
+    # The writers come after the checkpoint, which is whole.
+    left = [path.name for path in run.output.iterdir() if path.suffix in (".pth", ".tmp")]
+    assert left == ([] if place == "torch.save" else ["model_final.pth"])
+
+
+def test_another_exception_keeps_its_traceback(run: Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Trainer, "run_step", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError), logged("detectron2") as said:
+        run.main("MODEL.HEAD_ADAPT.FIT.ENABLED", False)
+    assert "Exception during training" in texts(said)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        (interrupted, 130, "stopped; {output} was not written\n"),
+        (
+            full,
+            1,
+            "error: {output}: expected space for the file, found No space left on device, the disk of {folder}: ",
+        ),
+    ],
+)
+def test_a_command_that_ends_before_its_time(
+    how: Any, code: int, said: str, run: Run, capsys: Any, monkeypatch: Any
+) -> None:
+    output = run.folder / "new.pth"
+    monkeypatch.setattr("torch.save", how)
+    assert cli(["adapt", "--config-file", str(run.config), "--output", str(output)]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(said.format(output=output, folder=run.folder)) and err.count("\n") == 1
+    assert not output.exists() and not list(run.folder.glob(".*"))
+
+
+def test_the_run_s_own_checkpoint_with_source_classes_left_in_the_yaml_is_no_surprise(trained: tuple[Run, str]) -> None:
+    """As the guide says to do it: predict with the yaml of the training."""
+    run, final = trained[0], str(trained[0].output / "model_final.pth")
+    images, output = str(run.folder / "data"), str(run.folder / "predicted")
+    for more in (["--weights", final], ["MODEL.WEIGHTS", final]):
+        options, pairs = (more, []) if more[0].startswith("--") else ([], more)
+        line = ["predict", "--config-file", str(run.config), *options, "--images", images, "--output", output, *pairs]
+        with fresh_loggers(), logged("d2_headadapt") as said:
+            assert cli(line) == 0
+        assert [record.getMessage() for record in said if record.levelno >= logging.WARNING] == []

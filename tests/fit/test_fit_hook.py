@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
+from helpers.files import logged
 from helpers.models import state_of
 from helpers.resume import CLS, NEW, OLD, cfg_for, train, writers_are_closed
 
 from d2_headadapt.engine.train import Trainer
 from d2_headadapt.fit import hook as training
-from d2_headadapt.fit.hook import FitHook
+from d2_headadapt.fit.hook import SKIP, FitHook
 from d2_headadapt.fit.lookahead import Lookahead
 
 __all__ = ["writers_are_closed"]
@@ -96,3 +98,31 @@ def test_a_training_averages_its_steps_and_solves_rows_again(tmp_path: Path, mon
     trainer.train()
     assert [name for name, _ in calls] == ["fit", "fit", "average"]
     assert calls[1:] == [("fit", 3), ("average", 5)]
+
+
+def test_a_fit_says_first_what_how_many_and_how_to_skip_and_of_a_refit_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an estimate where it takes long; a clock that jumps stands for that."""
+    train(Trainer, cfg_for(tmp_path, OLD, 1), resume=False)
+    (tmp_path / "out" / "model_final.pth").rename(tmp_path / "old.pth")
+    trainer = second_run(tmp_path, True)
+    (hook,) = hooks_of(trainer)
+    times = iter(range(0, 10_000, 3))
+    monkeypatch.setattr("d2_headadapt.fit.images.time.perf_counter", lambda: float(next(times)))
+    with logged("d2_headadapt") as records:
+        hook.before_train()
+    said = [record.getMessage() for record in records if record.name.startswith("d2_headadapt.fit")]
+    new, images = len(set(NEW) - set(OLD)), hook.report.images
+    begins = f"fit: solving the rows of {new} new thing class{'es' * (new > 1)} on {images} of {images} images"
+    assert said[0].startswith(begins)
+    assert said[0].endswith(f"; fewer: MODEL.HEAD_ADAPT.FIT.IMAGES {images // 3}; none: {SKIP}")
+    (estimate,) = [line for line in said if "more; further passes" in line]
+    assert re.fullmatch(rf"fit: \w[\w ]*, \d of {images} images in \d+ s: about \d+ s more; .*", estimate)
+    assert said[-1].startswith(f"fitted {new} of {new} new classes on {images} images in ")
+    assert not any("FIT.RPN or FIT.PARTS" in line for line in said)
+    trainer.iter, trainer.optimizer.state = 49, trainer.optimizer.state
+    with logged("d2_headadapt") as records:
+        hook._refit(50, hook.report)
+    (line,) = [record.getMessage() for record in records if record.name.startswith("d2_headadapt.fit")]
+    assert line.startswith(f"iteration 50: fitted {new} of {new} new classes on ")

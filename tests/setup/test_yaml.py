@@ -57,6 +57,44 @@ def test_paths_are_relative_to_the_yaml_that_holds_them(trees: Path, monkeypatch
     assert registered(load_config(child)) == [str(trees / "child" / "c.json")]
 
 
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (("work",), "w.pth"),
+        (("work", "child"), "w.pth"),
+        (("child",), "child/w.pth"),
+        (("base",), "base/w.pth"),
+        (("child", "base"), "base/w.pth"),
+        ((), "w.pth"),
+    ],
+)
+@pytest.mark.parametrize("query", ["", "?matching_heuristics=True"])
+def test_weights_are_in_the_working_directory_or_beside_the_yaml_that_names_them(
+    there: tuple[str, ...], taken: str, query: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("work", "child", "base"):
+        (tmp_path / folder).mkdir()
+        if folder in there:
+            (tmp_path / folder / "w.pth").touch()
+    monkeypatch.chdir(tmp_path / "work")
+    write(tmp_path / "base" / "base.yaml", {"MODEL": {"WEIGHTS": f"w.pth{query}"}})
+    child = write(tmp_path / "child" / "c.yaml", {"_BASE_": "../base/base.yaml"})
+    if taken == "child/w.pth":
+        child = write(
+            tmp_path / "child" / "c.yaml", {"_BASE_": "../base/base.yaml", "MODEL": {"WEIGHTS": f"w.pth{query}"}}
+        )
+    with logged("d2_headadapt") as said:
+        cfg = load_config(child)
+    moved = "/" in taken
+    assert f"{tmp_path / taken if moved else taken}{query}" == cfg.MODEL.WEIGHTS
+    lines = [record.getMessage() for record in said if "MODEL.WEIGHTS" in record.getMessage()]
+    assert len(lines) == moved
+    assert all(
+        line.startswith("MODEL.WEIGHTS w.pth is not in the working directory: taken from beside ") for line in lines
+    )
+    assert load_config(child, ["MODEL.WEIGHTS", "other.pth"]).MODEL.WEIGHTS == "other.pth"
+
+
 def test_mutation_paths_relative_to_the_working_directory_are_wrong(
     trees: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

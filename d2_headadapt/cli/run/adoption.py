@@ -12,11 +12,11 @@ from typing import Any
 import torch.multiprocessing
 import torch.multiprocessing.spawn
 
+from ...said import adopt_logger
 from .checkpointers import adopt_checkpointer
 from .classes import adopt_training
 from .configs import adopt_configs, register_entries, registered_entries
 from .models import adopt_models
-from .said import adopt_logger
 from .training import adopt_mapper, adopt_trainer, say_unfitted
 
 _installed: list[Adoption] = []

@@ -40,7 +40,9 @@ def adopt_trainer(*, fit: bool) -> None:
         if isinstance(self, Trainer):  # Which does all of it, as its own yaml keys say.
             return hooks
         if fit and isinstance(self.checkpointer, HeadAdaptCheckpointer):
-            hooks.insert(0, FitHook.from_config(self.cfg, lambda: self.checkpointer.rows_to_fit()))
+            hooks.insert(
+                0, FitHook.from_config(self.cfg, lambda: self.checkpointer.rows_to_fit(), skip="leave out --fit")
+            )
         if has_tasks(self.cfg):
             # Before all others, because an evaluation calls the model too.
             hooks.insert(0, UntrainedHeads(task_specs(self.cfg)))

@@ -22,6 +22,7 @@ from ...data.entry import absolute_entries
 from ...errors import ConfigError, HeadAdaptError, UsageError
 from ...key import Form, Key, form_of, speaking
 from ..components import import_components
+from ..yaml import beside_config
 
 logger = logging.getLogger(__name__)
 # Bound here, because `run` changes the class's own: it settles a config after its last override, not after each.
@@ -57,6 +58,9 @@ def load_lazy_config(config_file: str, opts: Sequence[str] = (), imports: Sequen
         raise _not_loaded(config_file, exc) from exc
     if NODE not in cfg:
         _refuse_lost_node(config_file)
+    weights = OmegaConf.select(cfg, "train.init_checkpoint", throw_on_missing=False)
+    if isinstance(weights, str):
+        cfg.train.init_checkpoint = beside_config(weights, config_file)
     _override(cfg, opts)
     if not is_lazy(cfg):
         raise ConfigError(

@@ -1,0 +1,120 @@
+"""New classes that may be dropped ones under another spelling: suggested, never matched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+from .classes import ClassMap, normalise
+from .vocabularies import known_names, other_words
+
+LEAST_LETTERS = 5
+"""Shorter words are too near to each other: bear, boar, beard."""
+LONG = 7
+"""Words from here on may have two wrong letters."""
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+class Likeness(str, Enum):
+    """How two names are near."""
+
+    SPELLING = "spelling"
+    """The same letters but for spaces, or one typing error."""
+    PLURAL = "plural"
+    MEANING = "meaning"
+    """A vocabulary of this package gives both names to one class, or people use the one for the other."""
+
+
+@dataclass(frozen=True)
+class NearName:
+    """A new class beside a dropped one.
+
+    Args:
+        target: the new class's name.
+        source: the dropped class's name.
+        likeness: how they are near.
+    """
+
+    target: str
+    source: str
+    likeness: Likeness
+
+
+@lru_cache(maxsize=16)
+def near_names(found: ClassMap) -> tuple[NearName, ...]:
+    """Return the new classes of a map that a dropped class may mean, in target order; at most one suggestion for each.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, match_classes, vocabulary
+        >>> found = match_classes(ClassTable(["persn", "chairs", "hound", "gnu"]), vocabulary("coco"))
+        >>> [(one.target, one.source) for one in near_names(found)]
+        [('persn', 'person'), ('chairs', 'chair'), ('hound', 'dog')]
+    """
+    dropped = [found.source.names[s] for s in found.dropped]
+    new = [found.target.names[t] for t in found.new]
+    return tuple(near for name in new if (near := next(_near(name, dropped), None)) is not None)
+
+
+def _near(name: str, others: list[str]) -> Iterator[NearName]:
+    """Order the nearest first: a plural is surer than a meaning, and a meaning than a typing error."""
+    mine = normalise(name)
+    theirs = {other: normalise(other) for other in others}
+    for other, words in theirs.items():
+        if mine.replace(" ", "") == words.replace(" ", ""):
+            yield NearName(name, other, Likeness.SPELLING)
+    for other, words in theirs.items():
+        if words in _singulars(mine) or mine in _singulars(words):
+            yield NearName(name, other, Likeness.PLURAL)
+    for one in (mine, *_singulars(mine)):
+        for other, words in theirs.items():
+            if words in other_words(one):
+                yield NearName(name, other, Likeness.MEANING)
+    # A name that is a word of its own is no typing error: goat is no boat.
+    if mine not in known_names():
+        for other, words in theirs.items():
+            if is_typing_error(mine, words):
+                yield NearName(name, other, Likeness.SPELLING)
+
+
+def _singulars(name: str) -> list[str]:
+    """Return what a name may be the plural of, by its ending."""
+    endings = (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""))
+    return [name[: -len(end)] + to for end, to in endings if name.endswith(end) and len(name) > len(end) + 1]
+
+
+def is_typing_error(a: str, b: str) -> bool:
+    """Tell whether two names differ in one word of letters, by as few letters as its length allows.
+
+    Numbers and single letters are never typing errors: ``type a`` and ``type b`` are two classes.
+
+    Example:
+        >>> is_typing_error("persn", "person"), is_typing_error("bycicle", "bicycle"), is_typing_error("beard", "bear")
+        (True, True, False)
+    """
+    if abs(len(a) - len(b)) > 2:
+        return False
+    pairs = [(x, y) for x, y in zip(a.split(), b.split(), strict=False) if x != y]
+    if len(a.split()) != len(b.split()) or len(pairs) != 1:
+        return False
+    x, y = sorted(pairs[0], key=len)
+    if len(x) < LEAST_LETTERS or x[0] != y[0] or not _WORD.fullmatch(x) or not _WORD.fullmatch(y):
+        return False
+    replaced = len(x) == len(y) and sorted(x) != sorted(y)
+    allowed = 2 if len(x) >= LONG else 1
+    return not (replaced and len(x) == LEAST_LETTERS) and _distance(x, y) <= allowed
+
+
+def _distance(a: str, b: str) -> int:
+    """Count letters to leave out, add, replace or swap with their neighbour (optimal string alignment)."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        earlier, before, row = before, row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                row[-1] = min(row[-1], earlier[j - 2] + 1)
+    return row[-1]
