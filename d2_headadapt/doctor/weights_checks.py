@@ -69,13 +69,15 @@ def classes_known(context: DoctorContext) -> Iterator[Finding]:
 def same_count(context: DoctorContext) -> Iterator[Finding]:
     """Shapes cannot tell two lists of one length apart, so stock detectron2 loads such a file without a word."""
     plan = context.plan
+    if plan.refused:
+        return  # HA302 says it; nothing is moved then.
     for space, target in plan.target.items():
         source = plan.source.get(space)
         if source is None or len(source) != len(target) or source == target:
             continue
         moved = [t for t in plan.by_action("carried", "copied") if t.space == space and (t.carried or t.new)]
         if not moved:
-            continue  # A refused head is HA302's, and one that keeps its rows unverified is HA303's.
+            continue  # One that keeps its rows unverified is HA303's.
         i = next(i for i, pair in enumerate(zip(source.names, target.names, strict=True)) if pair[0] != pair[1])
         differ = f"{len(target)} {space} classes on both sides, and row {i} is {source.names[i]!r} in the file"
         if context.settings.match == "position":

@@ -42,7 +42,7 @@ class Architecture:
             kwargs["cfg"] = own
         model: nn.Module = self.stock(*args, **kwargs)
         attach_settings(model, settings)
-        attach_discovery(model, functools.partial(discover_yaml, own))
+        attach_discovery(model, functools.partial(discover_yaml, own.clone()))
         return model
 
     def __getattr__(self, name: str) -> Any:
