@@ -81,13 +81,15 @@ def _noticed(code: str, context: DoctorContext, level: str) -> Iterator[Finding]
 def same_count(context: DoctorContext) -> Iterator[Finding]:
     """Find another class list of the same length, which stock detectron2 loads without a word."""
     plan = context.plan
+    if plan.refused:
+        return  # HA302 says it; nothing is moved then.
     for space, target in plan.target.items():
         source = plan.source.get(space)
         if source is None or len(source) != len(target) or source == target:
             continue
         moved = [t for t in plan.by_action("carried", "copied") if t.space == space and (t.carried or t.new)]
         if not moved:
-            continue  # A refused head is HA302's, and one that keeps its rows unverified is HA303's.
+            continue  # One that keeps its rows unverified is HA303's.
         i = next(i for i, pair in enumerate(zip(source.names, target.names, strict=True)) if pair[0] != pair[1])
         differ = f"{len(target)} {space} classes on both sides, and row {i} is {source.names[i]!r} in the file"
         if context.settings.match != "name":

@@ -100,7 +100,7 @@ class Trainer(DefaultTrainer):
             model: nn.Module = super().build_model(cfg)
         attach_settings(model, AdaptSettings.from_config(cfg, required=True))
         attach_keep(model, KeepSettings.from_config(cfg))
-        attach_discovery(model, partial(discover_yaml, cfg))
+        attach_discovery(model, partial(discover_yaml, cfg.clone()))
         frozen = freeze(model, with_keys(cfg).MODEL.HEAD_ADAPT.FREEZE)
         if frozen:
             logger.info("%d parameters are frozen: %s", len(frozen), shorten(frozen, 3))

@@ -15,6 +15,8 @@ from helpers.commands import cli
 from d2_headadapt import AdaptSettings, HeadAdaptCheckpointer, Trainer, load_config
 from d2_headadapt.cli.run.models import Architecture
 from d2_headadapt.config.settings import discovery_of
+from d2_headadapt.doctor.finding import CHECKS, DoctorContext
+from d2_headadapt.doctor.running import run_checks
 from d2_headadapt.setup.recipe import resolved_recipe
 
 OLD = ["ant", "bee", "cat", "dog", "emu"]
@@ -108,3 +110,14 @@ def test_whoever_builds_a_model_leaves_how_to_build_it_again(way: str, place: Pa
     )[1]
     moved = plan.tensor("proposal_generator.fcos_head.cls_logits.weight")
     assert moved is not None and moved.carried == ((0, 3), (2, 0))
+
+
+@pytest.mark.parametrize(("kind", "codes"), [("fcos", [("HA304", "note")]), ("blendmask", [("HA302", "error")])])
+def test_the_doctor_asks_what_the_plan_does(kind: str, codes: list[tuple[str, str]], place: Path) -> None:
+    """The same number of classes in another order: moved by name, or refused; never a word of what does not happen."""
+    command(place, "plan", kind)
+    opts = ["MODEL.FOREIGN.KIND", kind, "MODEL.HEAD_ADAPT.TARGET_CLASSES", json.dumps(OLD[::-1])]
+    opts += ["MODEL.HEAD_ADAPT.SOURCE_CLASSES", json.dumps(OLD), "MODEL.WEIGHTS", str(place / f"{kind}.pth")]
+    context = DoctorContext(str(place / "model.yaml"), opts, [str(place / "foreign_project.py")])
+    report = run_checks(context, [CHECKS["HA302"], CHECKS["HA304"]])
+    assert [(f.code, f.severity) for f in report.findings] == codes

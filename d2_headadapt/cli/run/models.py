@@ -40,7 +40,7 @@ class Architecture:
             kwargs["cfg"] = own
         model: nn.Module = self.stock(*args, **kwargs)
         attach_settings(model, classes.settle(model))
-        attach_discovery(model, functools.partial(discover_yaml, own))
+        attach_discovery(model, functools.partial(discover_yaml, own.clone()))
         return attach_keep(model, KeepSettings.from_config(own))
 
     def __getattr__(self, name: str) -> Any:
