@@ -200,8 +200,6 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     shapes = shapes_of(model.state_dict())
     settled = settle_checkpoint(checkpoint, shapes, settings)
     declared = layouts_of(model)
-    for space in sorted(set(settings.source) - {layout.space for layout in declared}):
-        logger.info("%s is set, but the model has no %s head.", source_key(space), space)
     sources = {**(zoo_tables(request.path) or {}), **known.tables, **settings.source}
     stored = shapes_of(settled.tensors)
     targets = _targets(settings, known, declared, shapes)
@@ -210,6 +208,9 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     heads = know_heads(model, declared, found, stored, targets, differ)
     for contradiction in heads.wrong:
         raise contradiction.error()
+    spaces = {layout.space for layout in heads.layouts} | {x.sized.space for x in heads.refused}
+    for space in sorted(set(settings.source) - spaces):
+        logger.info("%s is set, but the model has no %s head.", source_key(space), space)
     plan = plan_adaptation(
         stored,
         shapes,
