@@ -216,7 +216,7 @@ def plan_checkpoint(request: LoadRequest, checkpoint: Mapping[str, Any], model: 
     differ = _differing(sources, targets, settings, {layout.space for layout in declared})
     found = discovery_of(model) if differ or _unnamed(stored, shapes, declared, sources, targets, settings) else None
     heads = know_heads(model, declared, found, stored, targets, differ)
-    say_other_spaces(settings.source, heads.layouts)
+    say_other_spaces(settings.source, {x.space for x in heads.layouts} | {x.sized.space for x in heads.refused})
     for contradiction in heads.wrong:
         raise contradiction.error()
     plan = plan_adaptation(
@@ -325,17 +325,15 @@ def _padded(
     return found
 
 
-def say_other_spaces(
-    named: Iterable[str], layouts: Iterable[HeadLayout], key: Callable[[str], Key] = source_key
-) -> None:
+def say_other_spaces(named: Iterable[str], spaces: Collection[str], key: Callable[[str], Key] = source_key) -> None:
     """Say which keys name classes of a label space that the model has no head for, and which key would be read.
 
     Args:
         named: label spaces whose key is set.
-        layouts: of the model.
+        spaces: of the model's heads.
         key: the config key of a label space.
     """
-    has = sorted({layout.space for layout in layouts})
+    has = sorted(spaces)
     for space in sorted(set(named) - set(has)):
         if has:
             read = ", ".join(str(key(one)) for one in has)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 
 from detectron2.config import CfgNode
+from omegaconf import DictConfig
 
 from ..adapt.classes import ClassTable
 from ..adapt.discovery import CountFamily, Discovery
@@ -16,7 +17,7 @@ from ..adapt.unknown_heads import other_space
 from ..config.settings import NUM_CLASSES_KEYS, apply_num_classes
 from ..errors import HeadAdaptError
 from ..key import Key
-from .count_keys import count_keys, discover_yaml
+from .count_keys import count_keys, discover_lazy, discover_yaml, write_values
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,32 @@ def settle_counts(cfg: CfgNode, target: Mapping[str, ClassTable]) -> list[str]:
                 key = Key(name)
                 lines.append(f"{key!s} was {counts[name]}, is {len(table)}, the classes of {table.origin}")
                 key.put(cfg, len(table))
+    return lines
+
+
+def settle_foreign_counts(model: DictConfig, free: DictConfig, target: Mapping[str, ClassTable]) -> list[str]:
+    """Write the counts of a LazyConfig's model that no layout tells of, in place; the same as :func:`settle_counts`.
+
+    Args:
+        model: its ``model`` node.
+        free: a copy that can be built at other counts.
+        target: class tables by label space, none of which has a count that a layout tells of.
+    """
+    if not target:
+        return []
+    try:
+        found = discover_lazy(free)
+    except HeadAdaptError as exc:  # Whoever builds the model says it where it matters.
+        logger.info("Which arguments count the classes of this model was not found out by building: %s", exc)
+        return []
+    lines: list[str] = []
+    for space, mine in _families_of(found, target).items():
+        table = target[space]
+        for family in mine:
+            if family.value != len(table):
+                words = f"was {family.value}, is {len(table)}, the classes of {table.origin}"
+                lines += [f"{key} {words}" for key in family.keys]
+                write_values(model, dict.fromkeys(family.keys, len(table)))
     return lines
 
 

@@ -264,7 +264,7 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, node._value() if hasattr(node, "_value") else node
 
 
-def _set(config: Any, values: Mapping[str, Any]) -> None:
+def write_values(config: Any, values: Mapping[str, Any]) -> None:
     """Write values under their paths; the config is a copy that belongs to the caller."""
     for path, value in values.items():
         *way, last = re.split(r"\.|(?=\[)", path)
@@ -293,7 +293,7 @@ def discover_yaml(cfg: CfgNode, build: Callable[[CfgNode], nn.Module] = build_mo
     def make(base: CfgNode, values: Mapping[str, Any]) -> nn.Module:
         changed = base.clone()
         changed.defrost()
-        _set(changed, values)
+        write_values(changed, values)
         return build(changed)
 
     return _remembered(("yaml", described.dump(), build), build, lambda: _free_of_tables(config, make))
@@ -335,7 +335,7 @@ def discover_lazy(model: DictConfig) -> Discovery:
 
     def make(base: DictConfig, values: Mapping[str, Any]) -> nn.Module:
         changed = copy.deepcopy(base)
-        _set(changed, values)
+        write_values(changed, values)
         _on_the_cpu(changed)
         built: nn.Module = instantiate(changed)
         return built

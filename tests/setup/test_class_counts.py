@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from detectron2.config import CfgNode, get_cfg
+import torch
+from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import LazyCall as L
 from detectron2.modeling import META_ARCH_REGISTRY
 from helpers import foreign_heads as heads
+from omegaconf import OmegaConf
 from torch import nn
 
-from d2_headadapt import AdaptSettings, add_headadapt_config
+from d2_headadapt import AdaptSettings, HeadAdaptCheckpointer, add_headadapt_config
 from d2_headadapt.setup import class_counts
 from d2_headadapt.setup.class_counts import settle_counts
+from d2_headadapt.setup.lazy.preparing import prepare
 
 ARCHITECTURE = "D2haForeignCounts"
 
@@ -84,3 +88,27 @@ def test_where_it_cannot_be_built_the_table_is_the_fallback() -> None:
     cfg.MODEL.pop("OWN")
     settle_counts(cfg, TABLE)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+
+
+class Detector(nn.Module):
+    """A head of somebody else's, with a part that follows its count."""
+
+    def __init__(self, num_classes: int, criterion: nn.Module) -> None:
+        super().__init__()
+        self.class_embed, self.bbox_embed = nn.Linear(heads.WIDTH, num_classes + 1), heads.MLP()
+        self.criterion = criterion
+
+
+def test_a_lazy_model_of_foreign_heads_gets_its_count_and_moves_by_name() -> None:
+    old, new = ["ant", "bee", "cat"], ["cat", "gnu"]
+    model = L(Detector)(num_classes=80, criterion=L(heads.SetCriterion)(k="${..num_classes}"))
+    keys = {"target_classes": new, "source_classes": old}
+    tree = {"model": model, "head_adapt": keys, "dataloader": {}, "train": {"device": "cpu"}}
+    lazy = OmegaConf.create(tree, flags={"allow_objects": True})
+    prepared = prepare(lazy, reads_labels=False, required=False)
+    assert lazy.model.num_classes == 2
+    built = instantiate(prepared.lazy.model)
+    file = Detector(3, heads.SetCriterion(3)).state_dict()
+    state, plan = HeadAdaptCheckpointer(built).adapted({"model": dict(file)}, "old.pth")
+    assert torch.equal(state["class_embed.weight"][[0, 2]], file["class_embed.weight"][[2, 3]])
+    assert plan.new_classes() == {"thing": ("gnu",)} and "(model.num_classes)" in plan.found[0]

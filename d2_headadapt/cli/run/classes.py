@@ -73,7 +73,7 @@ class ScriptClasses:
     def settle(self, model: nn.Module) -> AdaptSettings:
         """Settle a built model's settings, and log where ``DATASETS.TRAIN`` does not fit it."""
         found = count_classes(model)
-        say_other_spaces(self.told, layouts_of(model), target_key)
+        say_other_spaces(self.told, {layout.space for layout in layouts_of(model)}, target_key)
         target, yields = dict(self.settings.target), set[str]()
         for space, table in self.trained.items():
             count = found.get(space) if found else self.counts.get(space)

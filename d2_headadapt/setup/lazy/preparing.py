@@ -18,7 +18,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from ...adapt.classes import ClassTable
+from ...adapt.classes import SPACES, ClassTable
 from ...adapt.detectron2_heads import CHOICES
 from ...adapt.discovery import Discovery
 from ...config.registries import registered
@@ -31,6 +31,7 @@ from ...key import HEAD_ADAPT, Form, Key, speaking
 from ...modeling.classifier import MultiTaskClassifier
 from ...modeling.predictor import PREDICTOR_REGISTRY, HeadAdaptOutputLayers
 from ...modeling.roi_heads import HeadAdaptMixin
+from ..class_counts import settle_foreign_counts
 from ..count_keys import discover_lazy
 from ..yaml import settle_config, settle_device
 from .counts import agnostic_masks, check_counts, find_counts, write_counts
@@ -97,7 +98,12 @@ def prepare(
     specs = task_specs(cfg, required=required and (reads_labels or _is_kind(lazy.model, MultiTaskClassifier)))
     given = _given_to_heads(lazy.model, cfg, settings, specs)
     # From here on nothing fails.
-    for line in write_counts(lazy.model, settings.target):
+    tables = {space: table for space, table in settings.target.items() if space in SPACES}
+    if tables.keys() & {count.space for count in find_counts(lazy.model)}:
+        lines = write_counts(lazy.model, settings.target)
+    else:
+        lines = settle_foreign_counts(lazy.model, _free_of_tables(lazy.model), tables)
+    for line in lines:
         logger.info(line)
     cfg.MODEL.DEVICE = settle_device(cfg.MODEL.DEVICE)
     if select(lazy, "train.device") is not None:

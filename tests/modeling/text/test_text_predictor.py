@@ -30,7 +30,7 @@ from d2_headadapt import (
 )
 from d2_headadapt.adapt.causes import Cause
 from d2_headadapt.data.datasets import register_datasets
-from d2_headadapt.errors import TextError
+from d2_headadapt.errors import PlanRefused, TextError
 from d2_headadapt.modeling.text.predictor import TextClassifier
 from d2_headadapt.setup.build import build_on_meta
 
@@ -265,6 +265,10 @@ def test_to_a_linear_classifier_nothing_of_it_is_taken(tmp_path: Path) -> None:
     file = saved(text_model(tmp_path, OLD, model_seed=1), tmp_path)
     linear = tiny_cfg(masks=False)
     linear.MODEL.HEAD_ADAPT.TARGET_CLASSES = NEW
+    # Names in common and no row of them: only with the user's word.
+    with pytest.raises(PlanRefused, match=r"SOURCE_CLASSES none to start them afresh"):
+        load(build_seeded(linear), file)
+    linear.MODEL.HEAD_ADAPT.SOURCE_CLASSES = "none"
     model = build_seeded(linear)
     before = state_of(model)
     checkpointer = load(model, file)
