@@ -33,7 +33,7 @@ from ..evaluation.truth import complete_truth
 from ..fit.hook import FitHook
 from ..fit.lookahead import LookaheadSettings
 from ..fit.settings import FitSettings
-from ..key import DATASETS, Form, form_of
+from ..key import DATASETS, Form, form_of, pairs
 from ..setup.lazy.loading import in_words_of, load_lazy_config
 from ..setup.lazy.preparing import prepare
 from ..setup.lazy.tree import built, names_in, select, target_of
@@ -94,7 +94,7 @@ def _complete(lazy: DictConfig) -> None:
         elif not isinstance(value, DictConfig if isinstance(default, dict) else type(default)):
             raise ConfigError(
                 f"train.{key}",
-                expected=f"a value like {default!r}",
+                expected=f"a value like {pairs(default) if isinstance(default, Mapping) else repr(default)}",
                 found=f"{value!r} ({type(value).__name__})",
                 fix="Correct it, or leave it out for this value.",
             )
