@@ -119,7 +119,7 @@ class ClassTable:
         return tuple(name for name in self.names if not is_unnamed(name))
 
     def padded(self, count: int) -> ClassTable:
-        """The table of a head of ``count`` classes, of which the first have these names and the rest have none.
+        """Make the table of a head of ``count`` classes, of which the first have these names and the rest have none.
 
         Example:
             >>> from d2_headadapt import ClassTable

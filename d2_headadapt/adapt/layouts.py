@@ -80,7 +80,11 @@ class HeadLayout:
         return all(entry[0] != 0 for entry in self.axes)
 
     def read_as(self, *, serves_all: bool) -> HeadLayout:
-        """This layout of a tensor of one class, read as class-agnostic or as the rows of that class."""
+        """Read this layout of a tensor of one class as class-agnostic or as the rows of that class.
+
+        Args:
+            serves_all: as class-agnostic.
+        """
         inputs = tuple(entry for entry in self.axes if entry[0] != 0)
         return replace(self, axes=inputs if serves_all else ((0, 0), *inputs))
 

@@ -60,6 +60,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         settings: target and source tables, match rule and all other keys, as given or as attached to the model.
         plan: what the last load did; ``None`` before the first.
         untrained: class names by label space of which some row was neither carried, fitted nor trained.
+        logger: of this package, where the parent has fvcore's.
         last_file: the checkpoint that this run wrote last, or goes on with; empty before the first.
 
     Example:
@@ -106,7 +107,11 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         self.begin(settings)
 
     def begin(self, settings: AdaptSettings | None) -> None:
-        """What the constructor does beyond the parent's; for subclasses that call another constructor."""
+        """Do what the constructor does beyond the parent's; for subclasses that call another constructor.
+
+        Args:
+            settings: as in the constructor.
+        """
         found = settings if settings is not None else settings_of(self.model)
         self.settings = found if found is not None else AdaptSettings()
         self._told = found is not None
@@ -181,7 +186,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         return dict(super().resume_or_load(path, resume=resume))
 
     def get_checkpoint_file(self) -> str:
-        """Like the parent's; where that file is gone and the folder has one of its name, the folder was moved."""
+        """Get the last checkpoint's path as the parent does; where that file is gone and the folder has one of its name, the folder was moved."""
         found: str = super().get_checkpoint_file()
         here = os.path.join(self.save_dir, os.path.basename(found))
         if found and "://" not in self.save_dir and not os.path.isfile(found) and os.path.isfile(here):

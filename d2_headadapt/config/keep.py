@@ -39,6 +39,10 @@ class PackSpec:
     def from_plain(cls, data: Any, where: Words) -> PackSpec:
         """Read :meth:`to_plain`'s form.
 
+        Args:
+            data: that form.
+            where: it stands, for messages.
+
         Raises:
             ConfigError: it is another form.
         """
@@ -125,13 +129,20 @@ class KeepSettings:
         return tuple(i for i, pack in enumerate(self.packs) if names & set(pack.classes))
 
     def lookup(self, pack: int) -> list[int]:
-        """For each class index of the training set its row in a pack; -1 for what is *other* to that pack."""
+        """Give for each class index of the training set its row in a pack; -1 for what is *other* to that pack.
+
+        Args:
+            pack: its place among the packs.
+        """
         rows = {name: row for row, name in enumerate(self.packs[pack].classes)}
         return [rows.get(name, -1) for name in self.training_names]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> KeepSettings | None:
         """Read the ``KEEP`` keys under ``MODEL.HEAD_ADAPT``, once :mod:`d2_headadapt.setup` settled the classes.
+
+        Args:
+            cfg: a whole config.
 
         Returns:
             ``None`` where ``KEEP`` is empty.
