@@ -186,7 +186,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         return dict(super().resume_or_load(path, resume=resume))
 
     def get_checkpoint_file(self) -> str:
-        """Get the last checkpoint's path as the parent does; where that file is gone and the folder has one of its name, the folder was moved."""
+        """Get the last checkpoint's path; where it is gone and the folder has one of its name, the folder was moved."""
         found: str = super().get_checkpoint_file()
         here = os.path.join(self.save_dir, os.path.basename(found))
         if found and "://" not in self.save_dir and not os.path.isfile(found) and os.path.isfile(here):
