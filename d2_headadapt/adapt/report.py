@@ -202,7 +202,7 @@ def _near_notice(plan: AdaptPlan, space: str) -> Iterator[Notice]:
     pairs = [f"{_quoted(near.target)} and {_quoted(near.source)} ({near.likeness.value})" for near in found]
     aliases = [f"{near.target}={near.source}" for near in found]
     hint = "if they mean the same; else leave it"
-    yield _notice("near", what, shorten(pairs), f"{HEAD_ADAPT.ALIASES.set(shlex.quote(str(aliases)))}", hint, ())
+    yield _notice("near", what, shorten(pairs), str(HEAD_ADAPT.ALIASES.set(shlex.quote(str(aliases)))), hint, ())
 
 
 def _quoted(name: str) -> str:

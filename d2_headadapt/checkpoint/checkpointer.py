@@ -62,6 +62,7 @@ class HeadAdaptCheckpointer(DetectionCheckpointer):
         settings: target and source tables, match rule and all other keys, as given or as attached to the model.
         plan: what the last load did; ``None`` before the first.
         untrained: class names by label space of which some row was neither carried, fitted nor trained.
+        logger: of this package, where the parent has fvcore's.
         last_file: the checkpoint that this run wrote last, or goes on with; empty before the first.
         logger: this package's, which is heard in any script.
 

@@ -140,6 +140,9 @@ class KeepSettings:
         Args:
             cfg: any config.
 
+        Args:
+            cfg: a whole config.
+
         Returns:
             ``None`` where ``KEEP`` is empty.
 

@@ -154,7 +154,7 @@ class Trainer(DefaultTrainer):
         say_what_is_left(self.start_iter, self.max_iter)
 
     def train(self) -> Any:
-        """Train; Ctrl-C and a full disk end it with one line that says how to go on.
+        """Train the model; Ctrl-C and a full disk end it with one line that says how to go on.
 
         Raises:
             Stopped: Ctrl-C.

@@ -94,7 +94,7 @@ def _complete(lazy: DictConfig) -> None:
         elif not isinstance(value, DictConfig if isinstance(default, dict) else type(default)):
             raise ConfigError(
                 f"train.{key}",
-                expected=f"a value like {pairs(default) if isinstance(default, Mapping) else repr(default)}",
+                expected=f"a value like {pairs(default) if isinstance(default, dict) else repr(default)}",
                 found=f"{value!r} ({type(value).__name__})",
                 fix="Correct it, or leave it out for this value.",
             )

@@ -114,9 +114,8 @@ fewer: MODEL.HEAD_ADAPT.FIT.IMAGES 100'
     """
     new = ", ".join(f"{len(k)} new {space} class{'es' * (len(k) != 1)}" for space, k in spaces.items())
     seen = f"{images} of {total} images{' and their mirror images' * settings.mirror}"
-    hints = [f"fewer: {HEAD_ADAPT.FIT.IMAGES.set(max(1, images // 3))}"] * (images > 1) + [f"none: {skip}"] * (
-        skip != ""
-    )
+    hints = [f"fewer: {HEAD_ADAPT.FIT.IMAGES.set(max(1, images // 3))}"] * (images > 1)
+    hints += [f"none: {skip}"] * (skip != "")
     return shown(f"fit: solving the rows of {new} on {seen}" + "".join(f"; {hint}" for hint in hints))
 
 
