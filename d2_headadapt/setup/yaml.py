@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import logging
+import operator
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import IO, Any
 
@@ -45,6 +47,17 @@ PLAIN_TAGS = {
     **{"dict": "map", "none": "null"},
 }
 """Python tags of PyYAML that say no more than YAML's own; the zoo's yamls have ``!!python/tuple``."""
+EVAL_TAG = f"{PYTHON_TAG}object/apply:eval"
+"""Has a text that Python shall run; detectron2's own ``Base-RetinaNet.yaml``, which many copy, has its anchors so."""
+OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+LARGEST = 1e9
+"""Of the numbers that :func:`calculated` works with: it shall take no time, whatever the text says."""
 TRUST_KEY = HEAD_ADAPT.TRUST_FILE
 
 
@@ -93,6 +106,10 @@ def plain_yaml(text: str, filename: str) -> str:
         if node.tag.startswith(PYTHON_TAG) and node.tag.removeprefix(PYTHON_TAG) in PLAIN_TAGS:
             node.tag = f"tag:yaml.org,2002:{PLAIN_TAGS[node.tag.removeprefix(PYTHON_TAG)]}"
             changed = True
+        elif node.tag == EVAL_TAG and (value := _calculated_node(node)) is not None:
+            # In place, because the node above holds this one.
+            node.tag, node.value = value.tag, value.value
+            changed = True
         elif node.tag not in yaml.SafeLoader.yaml_constructors:
             raise ConfigError(
                 f"{filename}, line {node.start_mark.line + 1}",
@@ -105,6 +122,49 @@ def plain_yaml(text: str, filename: str) -> str:
         elif isinstance(node, yaml.SequenceNode):
             waiting.extend(node.value)
     return yaml.serialize(root, Dumper=yaml.SafeDumper) if changed else text
+
+
+def _calculated_node(node: yaml.Node) -> yaml.Node | None:
+    """Calculate what a node of :data:`EVAL_TAG` asks for; ``None`` where that is more than numbers and lists."""
+    texts = [one.value for one in node.value] if isinstance(node, yaml.SequenceNode) else []
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        return None
+    try:
+        return yaml.compose(yaml.safe_dump(calculated(texts[0])), Loader=yaml.SafeLoader)
+    except (ArithmeticError, KeyError, RecursionError, SyntaxError, TypeError, ValueError):
+        return None
+
+
+def calculated(text: str) -> Any:
+    """Evaluate numbers, lists, ``+ - * / **`` and ``[... for x in ...]``; nothing can be called or looked up.
+
+    Raises:
+        ValueError: anything else, or a number over :data:`LARGEST`.
+    """
+
+    def value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and abs(node.value) <= LARGEST:
+            return node.value
+        if isinstance(node, ast.Name):
+            return names[node.id]
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [value(one, names) for one in node.elts]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand, names)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            left, right = value(node.left, names), value(node.right, names)
+            if isinstance(left, list) or isinstance(right, list) or (type(node.op) is ast.Pow and abs(right) > 64):
+                raise ValueError("more than arithmetic")
+            found = OPERATORS[type(node.op)](left, right)
+            if abs(found) <= LARGEST:
+                return found
+        if isinstance(node, ast.ListComp) and len(node.generators) == 1 and not node.generators[0].ifs:
+            loop = node.generators[0]
+            if isinstance(loop.target, ast.Name):
+                return [value(node.elt, {**names, loop.target.id: one}) for one in value(loop.iter, names)]
+        raise ValueError(f"{type(node).__name__} is more than arithmetic")
+
+    return value(ast.parse(text.strip(), mode="eval").body, {})
 
 
 def trusts_yaml(opts: Sequence[str]) -> bool:

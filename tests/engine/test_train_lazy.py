@@ -105,7 +105,7 @@ def test_a_run_goes_on_and_with_other_classes_only_where_it_is_asked_to(tmp_path
     run(config, "--resume", "train.init_checkpoint=another.pth", "train.max_iter=2")
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "Going on from" in log and "train.init_checkpoint=another.pth is not read" in log
-    assert "Nothing is left to train: 2 of train.max_iter 2" in log
+    assert "Nothing is left to train: 2 of 2 iterations are done." in log
     write_coco(tmp_path, ["cat", "emu"], name="other")
     config.write_text(config.read_text().replace("lazy_data", "lazy_other").replace("data.json", "other.json"))
     with pytest.raises(ResumeError, match=r"Set head_adapt\.resume=adapt"):

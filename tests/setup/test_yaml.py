@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from helpers.datasets import write_coco
@@ -334,3 +335,38 @@ def test_tags_that_say_no_more_than_yaml_does_are_read(tmp_path: Path) -> None:
     cfg = load_config(write(tmp_path / "a.yaml", text))
     assert (cfg.SOLVER.STEPS, cfg.SOLVER.BASE_LR, cfg.OUTPUT_DIR) == ((3, 5), 0.5, "out")
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[8, 16]]
+
+
+def test_arithmetic_of_a_yaml_is_calculated_without_python(tmp_path: Path) -> None:
+    """detectron2's own Base-RetinaNet.yaml has its anchors so, and copies of it are everywhere."""
+    zoo = Path(model_zoo.__file__).parent / "configs" / "Base-RetinaNet.yaml"
+    copy = tmp_path / "Base-RetinaNet.yaml"
+    copy.write_text(zoo.read_text(encoding="utf-8"), encoding="utf-8")
+    wanted = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 128, 256, 512]]
+    for file in (zoo, copy):
+        assert wanted == load_config(str(file)).MODEL.ANCHOR_GENERATOR.SIZES
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').getcwd()",
+        "open('x')",
+        "().__class__",
+        "[x for x in [1] if x]",
+        "9**9**9",
+        "2**1000",
+        "1e300*1e300",
+        "'a'*9",
+        "[1]*9",
+        "x",
+        "1/0",
+        "lambda: 1",
+        "f'{1}'",
+    ],
+)
+def test_what_is_more_than_arithmetic_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.dump({"SEED": 1}) + f'VERSION: !!python/object/apply:eval ["{text}"]\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match="which may run code"):
+        load_config(str(file))
