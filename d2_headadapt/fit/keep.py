@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.negatives import negative_images
 from ..data.task_mapper import Mapper
-from ..key import HEAD_ADAPT
+from ..key import HEAD_ADAPT, shown
 from ..modeling.keep import Keep, Pack, keep_of, regions_of
 from ..modeling.keep_dense import DensePack
 from ..modeling.task_dry_run import evaluating
@@ -96,7 +96,7 @@ def fit_packs(
         logger.info("fit: %s", part.line())
     logger.info("%s", report.line())
     if not keep.settings.negatives:
-        logger.warning("%s", NO_NEGATIVES)
+        logger.warning("%s", shown(NO_NEGATIVES))
     return report
 
 

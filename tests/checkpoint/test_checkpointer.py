@@ -215,7 +215,7 @@ def test_averages_that_moved_and_those_that_could_not_are_said(source: nn.Module
     torch.save({**whole, "shadow": {"params": list(state.values())}}, tmp_path / "m.pth")
     with logged("d2_headadapt") as said:
         adapted(str(tmp_path / "m.pth"), MIXED)
-    assert [text for text in texts(said).splitlines() if "verage" in text or "shadow" in text] == [
+    assert [text for text in texts(said).splitlines() if "Averaged" in text or "shadow/" in text] == [
         "Averaged copies of the model went through the same plan: ema_model.",
         f"shadow/params of {tmp_path / 'm.pth'} holds head tensors of the old classes and was left as it was.",
     ]

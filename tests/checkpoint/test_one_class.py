@@ -12,6 +12,7 @@ from helpers.models import STOCK, build_seeded, tiny_cfg
 from d2_headadapt import AdaptSettings, HeadAdaptCheckpointer
 from d2_headadapt.adapt.registry import layouts_of
 from d2_headadapt.config.settings import attach_settings
+from d2_headadapt.errors import PlanRefused
 
 COCO = ["cat", "person", "dog"]
 
@@ -62,11 +63,17 @@ def test_a_stock_cascade_says_by_itself_that_its_boxes_are_agnostic() -> None:
     assert all(x.agnostic for x in layouts_of(model) if "bbox_pred" in x.tensor)
 
 
-def test_a_trained_head_that_is_not_taken_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_trained_head_that_cannot_be_taken_is_refused_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Classes in common, and none of them carried, is never a load."""
     model, settings = build(COCO, "standard", agnostic=True, ours=True)
     HeadAdaptCheckpointer(model, str(tmp_path), settings=settings).save("old")
     other, settings = build(["person", "dog"], "standard", agnostic=False, ours=True)
-    with caplog.at_level(logging.WARNING):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(PlanRefused, match="found no head that takes one: .*4 rows per"),
+    ):
         HeadAdaptCheckpointer(other, settings=settings).load(str(tmp_path / "old.pth"))
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert said == [

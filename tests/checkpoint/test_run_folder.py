@@ -137,7 +137,7 @@ def test_a_run_that_was_stopped_before_the_note_was_written_is_said(tmp_path: Pa
     note = tmp_path / "last_checkpoint"
     checkpointer = saved(tmp_path)
     note.unlink()
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         checkpointer.resume_or_load("", resume=True)
     line = (
         f"{note} {{found}}, but {{name}} lies beside it: that run was stopped before it was noted. Starting from "
@@ -149,11 +149,11 @@ def test_a_run_that_was_stopped_before_the_note_was_written_is_said(tmp_path: Pa
     subprocess.run(texts(said).partition("type: ")[2].splitlines()[0], shell=True, check=True)
     checkpointer.save("model_0000019")
     note.write_text("model_0000009.pth")
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         checkpointer.resume_or_load("", resume=True)
     start = str(tmp_path / "model_0000009.pth")
     assert line.format(found="names model_0000009.pth", name="model_0000019.pth", start=start) in texts(said)
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         checkpointer.resume_or_load("", resume=False)
     assert "stopped" not in texts(said)
 
@@ -164,7 +164,7 @@ def test_a_folder_that_was_moved_goes_on(tmp_path: Path) -> None:
     note.write_text(str(tmp_path / "before" / "model_0000009.pth"))
     (tmp_path / "before").rename(tmp_path / "after")
     new = HeadAdaptCheckpointer(model_of(OLD, seed=2), str(tmp_path / "after"))
-    with logged("fvcore") as said:
+    with logged("d2_headadapt") as said:
         new.resume_or_load("", resume=True)
     assert (
         f"{tmp_path / 'before' / 'model_0000009.pth'}, which last_checkpoint names, is not there: taking "
