@@ -217,4 +217,4 @@ def _content(
     spaces = {s: renamed.get(s, s) for s in file.known.untrained if s in renamed or s in file.known.tables}
     spaces = {s: new for s, new in spaces.items() if s in renamed or not s.startswith(pack_space(0)[:-1])}
     untrained = {new: file.known.untrained[s] for s, new in spaces.items()}
-    return {"model": state, KEY: Provenance(tables, layouts, (), untrained, extra).to_plain()}
+    return {"model": state, KEY: Provenance(tables, layouts, untrained=untrained, extra=extra).to_plain()}

@@ -84,7 +84,7 @@ def _of_tool(text: str) -> Recognised | None:
         return _export("YOLO, one text file of classes and boxes for each image")
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return next((_export(tool) for tool, fits in _JSON_TOOLS if fits(content)), None)
 

@@ -72,7 +72,7 @@ def test_a_trained_head_that_cannot_be_taken_is_refused_and_named(
     other, settings = build(["person", "dog"], "standard", agnostic=False, ours=True)
     with (
         caplog.at_level(logging.WARNING),
-        pytest.raises(PlanRefused, match="found no head that takes one: .*4 rows per"),
+        pytest.raises(PlanRefused, match=r"found no head that takes one: .*4 rows per"),
     ):
         HeadAdaptCheckpointer(other, settings=settings).load(str(tmp_path / "old.pth"))
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]

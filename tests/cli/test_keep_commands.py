@@ -182,7 +182,7 @@ def test_predict_names_old_and_new_classes(place: KeepPlace) -> None:
     )  # fmt: skip
     assert ran.code == 0, ran.err
     found = json.loads((place.folder / "seen" / "predictions.json").read_text())
-    classes = {one["class"] for image in found for one in image["detections"]}
+    classes = {one["class"] for image in found["images"] for one in image["detections"]}
     assert classes & {"rhino", "gnu"} and classes & set(names(OLD)) and classes <= {*names(OLD), "rhino", "gnu"}
 
 

@@ -25,6 +25,7 @@ from d2_headadapt.data.datasets import (
     training_table,
 )
 from d2_headadapt.errors import ClassTableError, ConfigError, DatasetError
+from d2_headadapt.key import Key
 
 KEY = "MODEL.HEAD_ADAPT.TARGET_CLASSES"
 Make = Callable[..., dict[str, Any]]
@@ -192,7 +193,7 @@ def test_folder_for_a_file_and_file_for_a_folder_are_refused(make: Make) -> None
 
 def test_wrong_entry_is_refused_with_its_number(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"MY\.KEY\[1\]: expected the keys .*found 'jsn'.*Nearest: 'json'"):
-        register_datasets([make(), {**make("b"), "jsn": "x"}], where="MY.KEY")
+        register_datasets([make(), {**make("b"), "jsn": "x"}], where=Key("MY.KEY"))
 
 
 def test_relative_entries_after_resolving(make: Make, tmp_path: Path) -> None:
@@ -415,12 +416,12 @@ def test_where_is_the_callers() -> None:
 
 
 def test_nothing_is_no_table() -> None:
-    assert resolve_table(None, key=KEY) is None
+    assert resolve_table(None, key=Key(KEY)) is None
 
 
 @pytest.mark.parametrize("value", [["b", "a"], ("b", "a")])
 def test_list_is_itself(value: Any) -> None:
-    table = resolve_table(value, key=KEY)
+    table = resolve_table(value, key=Key(KEY))
     assert table == ClassTable(["b", "a"])
     assert table is not None
     assert table.origin == KEY
@@ -430,31 +431,31 @@ def test_string_is_a_dataset_then_a_vocabulary_then_a_file(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     for name in ("voc", "classes.txt"):
         (tmp_path / name).write_text("from file\n")
-    assert resolve_table("classes.txt", key=KEY) == ClassTable(["from file"])
-    assert resolve_table("voc", key=KEY) == vocabulary("voc")
+    assert resolve_table("classes.txt", key=Key(KEY)) == ClassTable(["from file"])
+    assert resolve_table("voc", key=Key(KEY)) == vocabulary("voc")
     put("voc", thing_classes=["from dataset"])
     put("classes.txt", thing_classes=["from dataset"])
-    assert resolve_table("voc", key=KEY) == ClassTable(["from dataset"])
-    assert resolve_table("classes.txt", key=KEY) == ClassTable(["from dataset"])
+    assert resolve_table("voc", key=Key(KEY)) == ClassTable(["from dataset"])
+    assert resolve_table("classes.txt", key=Key(KEY)) == ClassTable(["from dataset"])
 
 
 def test_space_is_heeded(make: Make, tmp_path: Path) -> None:
     entry = make(keypoints=["nose"])
-    assert resolve_table("coco", key=KEY, space="stuff") == vocabulary("coco", "stuff")
-    assert resolve_table(entry["json"], key=KEY, space="keypoint") == ClassTable(["nose"])
-    assert resolve_table(entry["json"], key=KEY) == ClassTable(["dog", "cat"])
+    assert resolve_table("coco", key=Key(KEY), space="stuff") == vocabulary("coco", "stuff")
+    assert resolve_table(entry["json"], key=Key(KEY), space="keypoint") == ClassTable(["nose"])
+    assert resolve_table(entry["json"], key=Key(KEY)) == ClassTable(["dog", "cat"])
     put("both", thing_classes=["t"], stuff_classes=["s"])
-    assert resolve_table("both", key=KEY, space="stuff") == ClassTable(["s"])
+    assert resolve_table("both", key=Key(KEY), space="stuff") == ClassTable(["s"])
 
 
 def test_file_names_itself_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     path.write_text("dog\ndog\n")
     with pytest.raises(ClassTableError, match=r"^.*classes\.txt: .*'dog' twice"):
-        resolve_table(str(path), key=KEY)
+        resolve_table(str(path), key=Key(KEY))
     path.write_text("# nothing\n")
     with pytest.raises(ClassTableError, match=r"classes\.txt: expected at least one class name"):
-        resolve_table(str(path), key=KEY)
+        resolve_table(str(path), key=Key(KEY))
 
 
 def test_dataset_without_that_space_is_refused() -> None:
@@ -462,35 +463,35 @@ def test_dataset_without_that_space_is_refused() -> None:
     with pytest.raises(
         DatasetError, match=r"expected a dataset with keypoint_names, found 'things_only', which has none"
     ):
-        resolve_table("things_only", key=KEY, space="keypoint")
+        resolve_table("things_only", key=Key(KEY), space="keypoint")
 
 
 def test_unknown_string_names_near_datasets_and_vocabularies() -> None:
     with pytest.raises(
         ClassTableError, match=rf"^{KEY}: .*'coco_2017_trian', which is none of these.*coco_2017_train"
     ) as error:
-        resolve_table("coco_2017_trian", key=KEY)
+        resolve_table("coco_2017_trian", key=Key(KEY))
     assert error.value.exit_code == 1
     with pytest.raises(ClassTableError, match=r"Vocabularies: lvis_v1, lvis_v0\.5\."):
-        resolve_table("lvis_v2", key=KEY)
+        resolve_table("lvis_v2", key=Key(KEY))
     with pytest.raises(ClassTableError, match=r"Nearest datasets: none\. Vocabularies: cityscapes, coco, .*voc"):
-        resolve_table("qqqqq", key=KEY)
+        resolve_table("qqqqq", key=Key(KEY))
 
 
 def test_names_in_one_string_are_shown_as_the_list_to_type() -> None:
     with pytest.raises(ClassTableError) as error:
-        resolve_table("left wing, right wing", key=KEY)
+        resolve_table("left wing, right wing", key=Key(KEY))
     assert f"{KEY} \"['left wing', 'right wing']\"" in error.value.fix
 
 
 def test_missing_file_is_said_to_be_one() -> None:
     with pytest.raises(ClassTableError, match=r"'classes\.json', which is a file that is not there"):
-        resolve_table("classes.json", key=KEY)
+        resolve_table("classes.json", key=Key(KEY))
 
 
 def test_number_is_refused_with_the_quotes_to_type() -> None:
     with pytest.raises(ClassTableError, match=r"found 365 \(int\)") as error:
-        resolve_table(365, key=KEY)
+        resolve_table(365, key=Key(KEY))
     assert f"{KEY} \"'365'\"" in error.value.fix
     assert f"{KEY} \"['365']\"" in error.value.fix
 
@@ -499,15 +500,15 @@ def test_number_in_a_list_is_refused_with_the_quotes_to_type() -> None:
     with pytest.raises(
         ClassTableError, match=rf"{KEY}, class 1: expected a string, found 7.5 \(float\)\. Put it in quotes: '7.5'"
     ):
-        resolve_table(["six", 7.5], key=KEY)
+        resolve_table(["six", 7.5], key=Key(KEY))
 
 
 @pytest.mark.parametrize("value", ["", "  ", {"names": ["a"]}])
 def test_empty_string_and_mapping_are_refused(value: Any) -> None:
     with pytest.raises(ClassTableError, match=r"expected a dataset, a vocabulary, a file or a list.*leave the key out"):
-        resolve_table(value, key=KEY)
+        resolve_table(value, key=Key(KEY))
 
 
 def test_empty_list_is_refused() -> None:
     with pytest.raises(ClassTableError, match=rf"{KEY}: expected at least one class name"):
-        resolve_table([], key=KEY)
+        resolve_table([], key=Key(KEY))

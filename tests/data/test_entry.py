@@ -8,6 +8,7 @@ import pytest
 
 from d2_headadapt.data.entry import absolute_entries, checked_entry
 from d2_headadapt.errors import ConfigError
+from d2_headadapt.key import Key
 
 GOOD = {"name": "my_train", "json": "/data/a.json", "images": "/data/images"}
 
@@ -60,7 +61,7 @@ def test_entry_is_read() -> None:
         "keypoint_flip_map": [["left_eye", "right_eye"]],
         "extra_keys": ["attributes"],
     }
-    entry = checked_entry(raw, "DATASETS.REGISTER[0]")
+    entry = checked_entry(raw, Key("DATASETS.REGISTER")[0])
     assert entry.metadata == {
         "json_file": "/data/a.json",
         "image_root": "/data/images",
@@ -73,7 +74,7 @@ def test_entry_is_read() -> None:
 
 
 def test_null_is_as_if_the_key_were_not_there() -> None:
-    assert checked_entry({**GOOD, "thing_classes": None}, "X") == checked_entry(GOOD, "X")
+    assert checked_entry({**GOOD, "thing_classes": None}, Key("X")) == checked_entry(GOOD, Key("X"))
 
 
 @pytest.mark.parametrize(
@@ -100,5 +101,5 @@ def test_null_is_as_if_the_key_were_not_there() -> None:
 )
 def test_wrong_entry_is_refused_with_its_place(raw: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
-        checked_entry(raw, "X[0]")
+        checked_entry(raw, Key("X")[0])
     assert error.value.exit_code == 1

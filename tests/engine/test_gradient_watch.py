@@ -204,7 +204,7 @@ def test_the_trainer_watches_any_model(dataset: str, tmp_path: Path) -> None:
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR = 2, 2, 1e-4
     trainer = Users(cfg)
-    with logged("d2_headadapt.tasks") as records:
+    with logged("d2_headadapt.engine.gradient_watch") as records:
         trainer.train()
     (line,) = [record.getMessage() for record in records if record.levelno >= logging.WARNING]
     assert line.startswith(f"classifier_artist got no gradient in iteration 1: {NEVER_CALLED}.")

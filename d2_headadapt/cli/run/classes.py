@@ -89,7 +89,7 @@ class ScriptClasses:
 
     def _say(self, space: str, table: ClassTable, count: int) -> None:
         names = ", ".join(self.datasets)
-        build = f"To build it for them, type --set {target_key(space)} {self.datasets[0]}"
+        build = f"To build it for them, type --set {target_key(space)!s} {self.datasets[0]}"
         if count > len(table):
             last = count - 1
             rows = f"row {last} has" if last == len(table) else f"rows {len(table)} to {last} have"
