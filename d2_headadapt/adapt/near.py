@@ -15,6 +15,8 @@ LEAST_LETTERS = 5
 """Shorter words are too near to each other: bear, boar, beard."""
 LONG = 7
 """Words from here on may have two wrong letters."""
+MOST_PAIRS = 1_000_000
+"""More pairs of names are not compared: seconds for people who would not read the suggestions."""
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -47,6 +49,8 @@ class NearName:
 def near_names(found: ClassMap) -> tuple[NearName, ...]:
     """Return the new classes of a map that a dropped class may mean, in target order; at most one suggestion for each.
 
+    Of more than a million pairs of names, none is compared.
+
     Example:
         >>> from d2_headadapt import ClassTable, match_classes, vocabulary
         >>> found = match_classes(ClassTable(["persn", "chairs", "hound", "gnu"]), vocabulary("coco"))
@@ -55,6 +59,8 @@ def near_names(found: ClassMap) -> tuple[NearName, ...]:
     """
     dropped = [found.source.names[s] for s in found.dropped]
     new = [found.target.names[t] for t in found.new]
+    if len(new) * len(dropped) > MOST_PAIRS:
+        return ()
     return tuple(near for name in new if (near := next(_near(name, dropped), None)) is not None)
 
 

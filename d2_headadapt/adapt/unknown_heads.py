@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .classes import ClassTable
+from .classes import SPACES, ClassTable
 from .discovery import (
     AxisSize,
     ClassSized,
@@ -86,7 +86,10 @@ def know_heads(
     if found is None or not found.families:
         said = () if found is None else _said(found)
         claimed = {layout.tensor for layout in declared}
-        return KnownHeads(tuple(declared), _by_shape(model, source_shapes, shapes, claimed, differ), said)
+        # A task of ours has no other class axes than the declared ones, whatever widths its backbone has.
+        tasks = {layout.space for layout in declared} - {*SPACES}
+        unsure = {space: counts for space, counts in differ.items() if space not in tasks}
+        return KnownHeads(tuple(declared), _by_shape(model, source_shapes, shapes, claimed, unsure), said)
     layouts = settle_layouts(declared, found)
     spaces = {family.space for family in found.families}
     wrong = check_declared(found, [layout for layout in layouts if layout.space in spaces])

@@ -26,6 +26,11 @@ class PackSpec:
     Args:
         classes: their names, in the order of the branch's rows.
         head: ``shared`` reads the old box head's features; ``copy`` has a trainable copy of that head.
+
+    Example:
+        >>> from d2_headadapt import PackSpec
+        >>> PackSpec(("rhino",), head="copy").to_plain()
+        {'classes': ['rhino'], 'head': 'copy'}
     """
 
     classes: tuple[str, ...]
@@ -71,6 +76,12 @@ class KeepSettings:
         suppress_score: see ``detections``.
         proposals: second proposals: ``auto`` (where held-out recall rises by them), ``on`` or ``off``.
         negatives: a folder of images, or a registered dataset, without an object of a new class.
+
+    Example:
+        >>> from d2_headadapt import ClassTable, KeepSettings, PackSpec
+        >>> settings = KeepSettings(ClassTable(["cat", "dog"]), (PackSpec(("rhino",)), PackSpec(("emu", "yak"))))
+        >>> settings.table.names
+        ('cat', 'dog', 'rhino', 'emu', 'yak')
     """
 
     old: ClassTable

@@ -318,12 +318,11 @@ def attach_discovery(model: nn.Module, discover: Callable[[], Discovery]) -> Non
 
 def discovery_of(model: nn.Module) -> Discovery | None:
     """Return what the class counts of ``model`` size; ``None`` where nobody knows how to build it again."""
-    discover = getattr(model, DISCOVERY, None)
+    discover: Callable[[], Discovery] | None = getattr(model, DISCOVERY, None)
     if discover is None:
         return None
     try:
-        found = discover()
+        return discover()
     except HeadAdaptError as exc:
         logger.info("Which tensors follow the class count was not found out by building: %s", exc)
         return None
-    return found if isinstance(found, Discovery) else None

@@ -201,7 +201,7 @@ class Trip:
         output = self.config.parent / "seen"
         asked = ("--weights", self.weights, "--output", output, "--least-score", "0")
         self.run("predict", *asked, "--images", *images[:2])
-        found: list[dict[str, Any]] = json.loads((output / "predictions.json").read_text())
+        found: list[dict[str, Any]] = json.loads((output / "predictions.json").read_text())["images"]
         assert len(found) == 2 and not any("error" in entry for entry in found)
         return found
 

@@ -422,13 +422,17 @@ def full(*unused: Any, **also: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def errors_of(capsys: Any) -> str:
+    """Standard error without the first sign of life, and without what torch says of the machine, once a process."""
+    lines = capsys.readouterr().err.splitlines(True)
+    return "".join(line for line in lines if not re.match(r"W\d{4} |reading .* \.\.\.$", line))
+
+
 def ended(run: Run, capsys: Any, *more: Any) -> tuple[int, str, str]:
     """Exit code, standard error and the run's log of ``d2-headadapt train``."""
     code = cli(["train", "--config-file", str(run.config), *map(str, more)])
     log = run.output / "log.txt"
-    # torch has something to say of the machine, once a process.
-    lines = [line for line in capsys.readouterr().err.splitlines(True) if not re.match(r"W\d{4} ", line)]
-    return code, "".join(lines), log.read_text() if log.exists() else ""
+    return code, errors_of(capsys), log.read_text() if log.exists() else ""
 
 
 def stop_at(iteration: int, how: Any) -> Any:
@@ -514,7 +518,7 @@ def test_a_command_that_ends_before_its_time(
     output = run.folder / "new.pth"
     monkeypatch.setattr("torch.save", how)
     assert cli(["adapt", "--config-file", str(run.config), "--output", str(output)]) == code
-    err = capsys.readouterr().err
+    err = errors_of(capsys)
     assert err.startswith(said.format(output=output, folder=run.folder)) and err.count("\n") == 1
     assert not output.exists() and not list(run.folder.glob(".*"))
 

@@ -116,7 +116,7 @@ def test_a_fit_says_first_what_how_many_and_how_to_skip_and_of_a_refit_one_line(
     new, images = len(set(NEW) - set(OLD)), hook.report.images
     begins = f"fit: solving the rows of {new} new thing class{'es' * (new > 1)} on {images} of {images} images"
     assert said[0].startswith(begins)
-    assert said[0].endswith(f"; fewer: MODEL.HEAD_ADAPT.FIT.IMAGES {images // 3}; none: {SKIP}")
+    assert said[0].endswith(f"; fewer: MODEL.HEAD_ADAPT.FIT.IMAGES {images // 3}; none: {SKIP!s}")
     (estimate,) = [line for line in said if "more; further passes" in line]
     assert re.fullmatch(rf"fit: \w[\w ]*, \d of {images} images in \d+ s: about \d+ s more; .*", estimate)
     assert said[-1].startswith(f"fitted {new} of {new} new classes on {images} images in ")

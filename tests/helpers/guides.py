@@ -30,6 +30,9 @@ FENCE = re.compile(r"^( *)(```+)(\w*)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.D
 MARK = re.compile(r"<!-- (file: (?P<file>\S+)|run|shows) -->\n *$")
 STAMP = re.compile(r"^(\[\d\d/\d\d [\d:]+ [\w.]+\]: |\x1b\[[\d;]*m)", re.MULTILINE)
 
+WAIT = re.compile(r"^reading .* \.\.\.\n", re.MULTILINE)
+"""A command's first sign of life, which no guide shows."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -120,7 +123,7 @@ class Shell:
                     ran = self._command(words)
                     said = f"{last_lines(ran.out)}\n{ran.err}"
                     assert (ran.code != 0) == refused, f"{block.where}: {shlex.join(words)}\n{said}"
-                    printed += ran.out + ran.err
+                    printed += ran.out + WAIT.sub("", ran.err)
                     executed.append(shlex.join(words))
             elif block.mark == "shows":
                 said = f"{block.text}\nbut it was\n{last_lines(printed)}"

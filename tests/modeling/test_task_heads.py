@@ -79,7 +79,7 @@ def test_a_command_line_sets_keys_that_the_yaml_leaves_out(tmp_path: Path) -> No
 )
 def test_a_task_that_cannot_be_used_says_what_to_type(task: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        task_specs(config(tmp_path, f"MODEL:\n  TASKS:\n    {task}"))
+        task_specs(config(tmp_path, f"MODEL:\n  TASKS:\n    {task}"), required=True)
 
 
 def test_missing_labels_count_for_nothing() -> None:
