@@ -42,8 +42,6 @@ class Evidence(str, Enum):
     """The weight of the same layer, or the same layer of another stage, is known."""
     BUFFER = "buffer"
     """A vector that is no parameter: the constructor computes it."""
-    SYMMETRY = "symmetry"
-    """The training loss treats these rows as those of one class."""
 
 
 class RefusalCause(str, Enum):

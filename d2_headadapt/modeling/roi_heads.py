@@ -102,9 +102,11 @@ class HeadAdaptMixin:
             boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
 
         Returns:
-            (R, F), R the number of boxes in all.
+            (R, F), R the number of boxes in all, those of the first image first.
         """
-        """What the tasks see of some boxes: (n, C), those of the first image first."""
+        return self._task_features(features, boxes)
+
+    def _task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -126,16 +128,7 @@ def _ours(cfg: CfgNode, stock: Any, table: ClassTable | None, tasks: Sequence[Ta
 class HeadAdaptROIHeads(HeadAdaptMixin, StandardROIHeads):
     """``StandardROIHeads`` with the box predictor that ``MODEL.HEAD_ADAPT.PREDICTOR`` names."""
 
-    def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        """Compute what the heads of tasks see of boxes.
-
-        Args:
-            features: the backbone's maps by name, (N, C, H, W).
-            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
-
-        Returns:
-            (R, F), R the number of boxes in all.
-        """
+    def _task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
         pooled = self.box_pooler([features[name] for name in self.box_in_features], boxes)
         return features_of(self.box_predictor(self.box_head(pooled)))
 
@@ -144,16 +137,7 @@ class HeadAdaptROIHeads(HeadAdaptMixin, StandardROIHeads):
 class HeadAdaptCascadeROIHeads(HeadAdaptMixin, CascadeROIHeads):
     """``CascadeROIHeads`` with our predictor at every stage, and the tasks at the last."""
 
-    def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        """Compute what the heads of tasks see of boxes.
-
-        Args:
-            features: the backbone's maps by name, (N, C, H, W).
-            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
-
-        Returns:
-            (R, F), R the number of boxes in all.
-        """
+    def _task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
         # A stage reads nothing of a proposal but its box.
         proposals = [Instances((0, 0), proposal_boxes=image) for image in boxes]
         maps = [features[name] for name in self.box_in_features]
@@ -178,15 +162,6 @@ class HeadAdaptCascadeROIHeads(HeadAdaptMixin, CascadeROIHeads):
 class HeadAdaptRes5ROIHeads(HeadAdaptMixin, Res5ROIHeads):
     """``Res5ROIHeads`` (the C4 models) with our predictor."""
 
-    def task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        """Compute what the heads of tasks see of boxes.
-
-        Args:
-            features: the backbone's maps by name, (N, C, H, W).
-            boxes: one :class:`Boxes` for each of the N images, in pixels of the network's input.
-
-        Returns:
-            (R, F), R the number of boxes in all.
-        """
+    def _task_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
         pooled: torch.Tensor = self._shared_roi_transform([features[name] for name in self.in_features], boxes)
         return pooled.mean(dim=[2, 3])

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from helpers.commands import ROOT, cli
 from helpers.datasets import write_coco
 from helpers.files import logged, texts
 from helpers.models import tiny_cfg
+from helpers.streams import random_streams
 
 from d2_headadapt import Trainer
 from d2_headadapt.doctor.finding import CHECKS, Check, DoctorContext, Finding, PartMissing, check
@@ -245,7 +243,7 @@ def test_it_is_quick_reads_no_image_and_changes_nothing(tmp_path: Path, monkeypa
     """Best of three, because the first imports and another process may have the machine."""
     cfg = trainer_cfg(tmp_path)
     monkeypatch.setattr("PIL.Image.open", lambda *a, **k: pytest.fail("an image was opened"))
-    before, states = cfg.dump(), (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    before, states = cfg.dump(), random_streams()
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
@@ -253,8 +251,7 @@ def test_it_is_quick_reads_no_image_and_changes_nothing(tmp_path: Path, monkeypa
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.2
     assert cfg.dump() == before
-    after = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
-    assert torch.equal(states[0], after[0]) and states[1:] == after[1:]
+    assert random_streams() == states
 
 
 def test_large_annotation_files_are_left_to_the_command(tmp_path: Path, monkeypatch: Any) -> None:

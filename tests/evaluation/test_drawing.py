@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
+from helpers.streams import random_streams
 
 from d2_headadapt.adapt.classes import ClassTable
 from d2_headadapt.data.task_spec import TaskSpec
@@ -126,10 +127,10 @@ def test_boxes_below_the_least_score_are_not_drawn(image: np.ndarray, metadata: 
 def test_the_same_input_gives_the_same_picture(image: np.ndarray, metadata: Metadata) -> None:
     """The visualizer alone would draw its colours from numpy's random state."""
     output = {"instances": with_tasks(), **IMAGE_OUTPUT}
-    state = np.random.get_state()[1].copy()
+    state = random_streams()
     one, other = (draw_tasks(image, output, metadata, SPECS).get_image() for _ in range(2))
     assert np.array_equal(one, other)
-    assert np.array_equal(np.random.get_state()[1], state)
+    assert random_streams() == state
 
 
 def test_colours_are_those_of_the_dataset(image: np.ndarray) -> None:

@@ -24,6 +24,7 @@ from helpers.commands import ROOT
 from helpers.fit import SETTINGS, scene, scenes, tiny_model
 from helpers.models import build_seeded, same_bits, state_of
 from helpers.real import fbnet_c4
+from helpers.streams import random_streams
 from PIL import Image
 
 from d2_headadapt.errors import ConfigError, LayoutError
@@ -159,11 +160,10 @@ def test_regions_on_which_a_carried_class_is_confident_are_left_out_and_counted(
 
 def test_nothing_happens_when_no_row_is_new() -> None:
     model = tiny_model("standard")
-    before, states = state_of(model), (random.getstate(), str(np.random.get_state()), torch.get_rng_state())
+    before, states = state_of(model), random_streams()
     assert fit(model, ()) == FitReport()
     assert same_bits(before, state_of(model))
-    assert (random.getstate(), str(np.random.get_state())) == states[:2]
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert random_streams() == states
 
 
 def test_a_fit_moves_no_global_random_stream() -> None:
@@ -173,14 +173,13 @@ def test_a_fit_moves_no_global_random_stream() -> None:
         np.random.rand(), random.random(), torch.rand(1)
         return scene(entry)
 
-    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    states = random_streams()
     fit_new_rows(model, scenes(6), mapper, new={"thing": (0, 1, 2)}, settings=SETTINGS)
-    assert (random.getstate(), str(np.random.get_state())) == states[:2]
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert random_streams() == states
     assert model.training and model.backbone.training
     with random_states_kept():
         torch.rand(1)
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert random_streams() == states
 
 
 def test_a_failed_fit_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

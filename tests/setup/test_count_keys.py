@@ -20,6 +20,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.utils import logger as detectron2_logger
 from helpers import foreign_heads as heads
 from helpers.models import tiny_cfg
+from helpers.streams import random_streams
 from omegaconf import DictConfig
 from torch import nn
 
@@ -337,10 +338,6 @@ def test_a_head_that_needs_its_table_is_stuck_not_idle() -> None:
 # Looking changes nothing.
 
 
-def states() -> list[object]:
-    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
-
-
 class Noisy(nn.Module):
     """A constructor that does whatever a constructor should not."""
 
@@ -359,12 +356,12 @@ class Noisy(nn.Module):
 def test_no_random_number_is_drawn_and_no_state_is_changed(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, names, counter = states(), MetadataCatalog.list(), dict(detectron2_logger._LOG_COUNTER)
+    before, names, counter = random_streams(), MetadataCatalog.list(), dict(detectron2_logger._LOG_COUNTER)
     registered = [name for name, _ in ROI_HEADS_REGISTRY]
     found = look(lambda counts: Noisy(counts["NUM_CLASSES"]), NUM_CLASSES=3)
     discover_yaml(tiny_cfg(ours=False))
     assert len(found.layouts) == 2
-    assert states() == before
+    assert random_streams() == before
     assert MetadataCatalog.list() == names and dict(detectron2_logger._LOG_COUNTER) == counter
     assert [name for name, _ in ROI_HEADS_REGISTRY] == registered
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
@@ -374,20 +371,20 @@ def test_no_random_number_is_drawn_and_no_state_is_changed(
 
 def test_mutation_a_plain_build_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
     """What the law above watches does move without the guard."""
-    before = states()
+    before = random_streams()
     Noisy(3)
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
-    assert all(now != then for now, then in zip(states(), before, strict=True))
+    assert all(now != then for now, then in zip(random_streams(), before, strict=True))
     assert "building" in capsys.readouterr().out and "made by asking" in MetadataCatalog.list()
 
 
 def test_state_is_given_back_after_a_constructor_that_raises() -> None:
-    before = states()
+    before = random_streams()
     with pytest.raises(ZeroDivisionError), nothing_changed():
         torch.rand(1)
         raise ZeroDivisionError
-    assert states() == before and logging.root.manager.disable == logging.NOTSET
+    assert random_streams() == before and logging.root.manager.disable == logging.NOTSET
 
 
 def test_a_config_stays_as_it_was() -> None:
