@@ -20,11 +20,11 @@ from ..adapt.registry import layouts_of
 from ..checkpoint.checkpointer import HeadAdaptCheckpointer
 from ..checkpoint.load import check_exists, read_weights
 from ..config.settings import AdaptSettings, Named, settings_of
+from ..data.random_states import random_states_kept
 from ..data.task_mapper import Mapper
 from ..errors import CheckpointFileError, ConfigError, DatasetError
 from ..files import is_dense
 from ..fit import FitReport, FitSettings, fit_new_rows
-from ..fit.images import random_states_kept
 
 _PIXELS = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32)
 _INDICES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapt.classes import SPACES
+from ..data.random_states import random_states_kept
 from ..data.task_mapper import Mapper
 from ..key import HEAD_ADAPT, Words, shown
 from ..modeling.keep import keep_of
@@ -20,7 +21,7 @@ from ..modeling.task_dry_run import evaluating
 from ..said import be_heard
 from .boxes import fit_boxes
 from .dense import fit_dense
-from .images import FeatureCache, ImageStream, choose_images, random_states_kept
+from .images import FeatureCache, ImageStream, choose_images
 from .keep import fit_packs
 from .masks import fit_masks
 from .rows import RowWriter

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import nn
@@ -56,24 +53,6 @@ class View:
     def image(self) -> int:
         """The image's place among all images."""
         return self.number // 2
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Give Python's, numpy's and torch's global random streams back as they were.
-
-    detectron2's resize draws from numpy's even where there is nothing to choose.
-    """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
 
 
 def choose_images(

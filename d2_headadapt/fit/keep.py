@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.negatives import negative_images
+from ..data.random_states import random_states_kept
 from ..data.task_mapper import Mapper
 from ..key import HEAD_ADAPT, shown
 from ..modeling.keep import Keep, Pack, keep_of, regions_of
@@ -27,7 +28,7 @@ from ..modeling.keep_dense import DensePack
 from ..modeling.task_dry_run import evaluating
 from .boxes import Stage, collect_seen, solve_stage, stages_of
 from .dense import fit_dense
-from .images import FeatureCache, ImageStream, View, choose_images, random_states_kept
+from .images import FeatureCache, ImageStream, View, choose_images
 from .masks import collect_pixels, solve_masks
 from .rows import RowWriter, Solution
 from .rpn import collect_anchors, proposals_of, recalls, solve

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import io
 import logging
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import logger as detectron2_logger
@@ -24,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..adapt.class_axes import TensorFacts, observe
+from ..data.random_states import random_states_kept
 
 _RANDOM = ("normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_", "geometric_")
 _SKIPPED = frozenset(
@@ -58,15 +57,13 @@ def nothing_changed() -> Iterator[None]:
     A constructor may draw numbers (all of them do), print, log a line that is said once in a process, or make an entry
     of ``MetadataCatalog`` by asking for it; none of that is to be noticed by whoever trains afterwards.
     """
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     dtype, grad, level = torch.get_default_dtype(), torch.is_grad_enabled(), logging.root.manager.disable
     datasets, metadata = set(DatasetCatalog.list()), set(MetadataCatalog.list())
     said = getattr(detectron2_logger, "_LOG_COUNTER", {})
     said_before = dict(said)
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with random_states_kept(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -79,11 +76,6 @@ def nothing_changed() -> Iterator[None]:
             MetadataCatalog.remove(name)
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 def observe_build(build: Callable[[], nn.Module], *, initialise: bool = False) -> dict[str, TensorFacts]:

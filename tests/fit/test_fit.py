@@ -27,12 +27,13 @@ from helpers.real import fbnet_c4
 from helpers.streams import random_streams
 from PIL import Image
 
+from d2_headadapt.data.random_states import random_states_kept
 from d2_headadapt.errors import ConfigError, LayoutError
 from d2_headadapt.fit import FitHook, FitReport, FitSettings, fit_new_rows, mapper_at_test_size
 from d2_headadapt.fit import boxes as boxes_room
 from d2_headadapt.fit import fit as entry_room
 from d2_headadapt.fit.boxes import region_features, stages_of
-from d2_headadapt.fit.images import choose_images, random_states_kept
+from d2_headadapt.fit.images import choose_images
 from d2_headadapt.fit.lookahead import LookaheadSettings
 from d2_headadapt.fit.rows import RowWriter, Solution
 
