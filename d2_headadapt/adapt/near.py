@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -15,8 +15,8 @@ LEAST_LETTERS = 5
 """Shorter words are too near to each other: bear, boar, beard."""
 LONG = 7
 """Words from here on may have two wrong letters."""
-MOST_PAIRS = 1_000_000
-"""More pairs of names are not compared: seconds for people who would not read the suggestions."""
+MOST_PAIRS = 4_000_000
+"""More pairs of names are not compared: that takes seconds, and nobody reads so many suggestions."""
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -49,7 +49,7 @@ class NearName:
 def near_names(found: ClassMap) -> tuple[NearName, ...]:
     """Return the new classes of a map that a dropped class may mean, in target order; at most one suggestion for each.
 
-    Of more than a million pairs of names, none is compared.
+    Of more than :data:`MOST_PAIRS` pairs of names, none is suggested.
 
     Example:
         >>> from d2_headadapt import ClassTable, match_classes, vocabulary
@@ -57,32 +57,59 @@ def near_names(found: ClassMap) -> tuple[NearName, ...]:
         >>> [(one.target, one.source) for one in near_names(found)]
         [('persn', 'person'), ('chairs', 'chair'), ('hound', 'dog')]
     """
-    dropped = [found.source.names[s] for s in found.dropped]
     new = [found.target.names[t] for t in found.new]
-    if len(new) * len(dropped) > MOST_PAIRS:
+    if len(new) * len(found.dropped) > MOST_PAIRS:
         return ()
-    return tuple(near for name in new if (near := next(_near(name, dropped), None)) is not None)
+    dropped = _Dropped([found.source.names[s] for s in found.dropped])
+    return tuple(near for name in new if (near := dropped.nearest(name)) is not None)
 
 
-def _near(name: str, others: list[str]) -> Iterator[NearName]:
-    """Order the nearest first: a plural is surer than a meaning, and a meaning than a typing error."""
-    mine = normalise(name)
-    theirs = {other: normalise(other) for other in others}
-    for other, words in theirs.items():
-        if mine.replace(" ", "") == words.replace(" ", ""):
-            yield NearName(name, other, Likeness.SPELLING)
-    for other, words in theirs.items():
-        if words in _singulars(mine) or mine in _singulars(words):
-            yield NearName(name, other, Likeness.PLURAL)
-    for one in (mine, *_singulars(mine)):
-        for other, words in theirs.items():
-            if words in other_words(one):
-                yield NearName(name, other, Likeness.MEANING)
-    # A name that is a word of its own is no typing error: goat is no boat.
-    if mine not in known_names():
-        for other, words in theirs.items():
-            if is_typing_error(mine, words):
-                yield NearName(name, other, Likeness.SPELLING)
+class _Dropped:
+    """Dropped names, found by what a near name has in common with them; of several, the first of the table counts."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._words: dict[str, int] = {}
+        self._letters: dict[str, int] = {}
+        self._singulars: dict[str, int] = {}
+        self._but_one_word: dict[tuple[object, ...], list[int]] = {}
+        for place, words in enumerate(map(normalise, names)):
+            self._words.setdefault(words, place)
+            self._letters.setdefault(words.replace(" ", ""), place)
+            for singular in _singulars(words):
+                self._singulars.setdefault(singular, place)
+            for key in _but_one_word(words):
+                self._but_one_word.setdefault(key, []).append(place)
+
+    def nearest(self, name: str) -> NearName | None:
+        """Take the nearest first: a plural is surer than a meaning, and a meaning than a typing error."""
+        mine = normalise(name)
+        singulars = _singulars(mine)
+        places: list[tuple[Likeness, Iterable[int | None]]] = [
+            (Likeness.SPELLING, [self._letters.get(mine.replace(" ", ""))]),
+            (Likeness.PLURAL, [self._singulars.get(mine), *map(self._words.get, singulars)]),
+            *((Likeness.MEANING, map(self._words.get, other_words(one))) for one in (mine, *singulars)),
+            # A name that is a word of its own is no typing error: goat is no boat.
+            (Likeness.SPELLING, () if mine in known_names() else self._typing_errors(mine)),
+        ]
+        for likeness, found in places:
+            first = min((place for place in found if place is not None), default=None)
+            if first is not None:
+                return NearName(name, self.names[first], likeness)
+        return None
+
+    def _typing_errors(self, mine: str) -> Iterator[int]:
+        for key in _but_one_word(mine):
+            for place in self._but_one_word.get(key, ()):
+                if is_typing_error(mine, normalise(self.names[place])):
+                    yield place
+
+
+def _but_one_word(name: str) -> Iterator[tuple[object, ...]]:
+    """Leave out each word but its first letter: names with one typing error between them share one of these."""
+    words = name.split()
+    for i, word in enumerate(words):
+        yield i, word[:1], *words[:i], None, *words[i + 1 :]
 
 
 def _singulars(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from detectron2.config import get_cfg
 
 from d2_headadapt.adapt.classes import ClassMap, ClassTable
 from d2_headadapt.adapt.layouts import HeadLayout
-from d2_headadapt.adapt.near import Likeness, is_typing_error, near_names
+from d2_headadapt.adapt.near import MOST_PAIRS, Likeness, is_typing_error, near_names
 from d2_headadapt.adapt.plan import AdaptPlan
 from d2_headadapt.adapt.planner import plan_adaptation
 from d2_headadapt.adapt.report import plan_notices
@@ -117,3 +117,21 @@ def test_the_notice_is_a_line_that_works_when_typed() -> None:
 def test_by_position_and_for_carried_classes_nothing_is_suggested() -> None:
     assert plan_notices(plan_of(["persn"], ["person"], rows="position")) == ()
     assert plan_notices(plan_of(["person", "persons"], ["person"])) == ()
+
+
+def test_only_names_that_can_be_typing_errors_of_each_other_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of a thousand classes is not held up by a million comparisons."""
+    compared: list[tuple[str, str]] = []
+    monkeypatch.setattr("d2_headadapt.adapt.near.is_typing_error", lambda *pair: bool(compared.append(pair)))
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    old = [f"{a}{b}xyzzy {b}{c}" for a in letters for b in letters for c in "qv"]
+    new = [f"{a}{b}plugh {b}{c}" for a in letters for b in letters for c in "wz"]
+    assert near(new, old) == [] and len(old) * len(new) > 1_000_000
+    assert compared == []
+    assert near([f"{old[7]}x"], old) == [] and 0 < len(compared) < 10
+
+
+def test_of_millions_of_pairs_none_is_suggested() -> None:
+    names = [f"thing number {i}" for i in range(MOST_PAIRS // 1000 + 1)]
+    assert near([f"{name}s" for name in names[:1000]], names) == []
+    assert len(near([f"{name}s" for name in names[:1000]], names[:1000])) == 1000

